@@ -2,8 +2,8 @@
 
 d = { 'settings': { 'branch': 'main',
                 'doc_baseurl': '/stateset-nb',
-                'doc_host': 'https://example.github.io',
-                'git_url': 'https://github.com/example/stateset-nb',
+                'doc_host': 'https://stateset.github.io',
+                'git_url': 'https://github.com/stateset/stateset-nb',
                 'lib_path': 'stateset_nb'},
   'syms': { 'stateset_nb.core': { 'stateset_nb.core.BackendError': ('core.html#backenderror', 'stateset_nb/core.py'),
                                   'stateset_nb.core.ConfigError': ('core.html#configerror', 'stateset_nb/core.py'),
