@@ -17,8 +17,8 @@ if TYPE_CHECKING: from matplotlib.axes import Axes
 
 # %% auto #0
 __all__ = ['VERDICTS', 'Outcomes', 'Interval', 'wilson_interval', 'success_interval', 'mean_interval', 'PairedInterval',
-           'paired_interval', 'verdict_of', 'scenarios_needed', 'PairedComparison', 'plot_comparisons',
-           'compare_paired', 'holm_adjust', 'holm']
+           'paired_interval', 'verdict_of', 'scenarios_needed', 'PairedComparison', 'compare_paired',
+           'plot_comparisons', 'holm_adjust', 'holm']
 
 # %% ../nbs/03_stats.ipynb #a12e9b9c
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def paired_interval(
     from scipy.special import stdtr, stdtrit
     _check_confidence(confidence)
     x = np.asarray(d, float)
-    if x.ndim == 0 or x.shape[-1] < 2 or not np.isfinite(x).all(): raise DataError(f'differences of shape {x.shape}, {int((~np.isfinite(x)).sum())} not finite — expected [..., n] finite numbers of n >= 2 scenarios')
+    if x.ndim == 0 or x.shape[-1] < 2 or not np.isfinite(x).all(): raise DataError(f'differences of shape {x.shape} — expected [..., n] finite numbers of n >= 2 scenarios')
     n = x.shape[-1] + (2 if guard > 0 else 0)
     mean = x.mean(-1)
     se = np.sqrt((((x - mean[..., None])**2).sum(-1) + 2 * guard**2) / (n - 1) / n)
@@ -137,6 +137,8 @@ def scenarios_needed(
     return max(2, math.ceil((z2 * sd**2 + math.sqrt((z2 * sd**2)**2 + 8 * z2 * (change * guard)**2)) / (2 * change**2)))
 
 # %% ../nbs/03_stats.ipynb #8ddd0260
+_COLOUR = {'better': '#22763d', 'not_worse': '#2b5fb3', 'worse': '#b3372b', 'inconclusive': '#777777'}
+
 def _level(x: float, scale: str) -> str: return f'{100 * x:.1f} %' if scale == 'rate' else f'{x:.3g}'
 
 def _change(x: float, scale: str, sign: str = '+') -> str:
@@ -158,7 +160,7 @@ class PairedComparison(Record):
     n_more: int               # scenarios still needed to see a change of `margin`; 0 unless inconclusive
     margin: float             # the loss we would put up with
     confidence: float         # of the interval and of `bound`
-    bound: float              # one-sided: the loss is at most this
+    bound: float              # one-sided: the difference is no worse than this
     within_margin: bool       # a loss of `margin` is ruled out
     p_value: float            # two-sided, of "no difference"
     trials: int               # trials of each scenario, the fewest
@@ -186,35 +188,6 @@ class PairedComparison(Record):
     def plot(self, ax: Axes | None = None) -> Axes:  # one line with the margin
         "The difference with its interval, beside 0 and the margin."
         return plot_comparisons([self], ax)
-
-# %% ../nbs/03_stats.ipynb #83188481
-_COLOUR = {'better': '#22763d', 'not_worse': '#2b5fb3', 'worse': '#b3372b', 'inconclusive': '#777777'}
-
-def _unit(c: PairedComparison) -> tuple[float, str]:
-    "The factor from a difference to what an axis shows, and the unit of that."
-    return {'rate': (100., 'points'), 'ratio': (100., '%'), 'value': (1., c.metric)}[c.scale]
-
-def plot_comparisons(
-    comparisons: Sequence[PairedComparison],  # from top to bottom
-    ax: Axes | None = None,                   # where to draw; a new figure by default
-    labels: Sequence[str] | None = None,      # a name for each line; the metric by default
-) -> Axes:                                    # x: difference in its unit, or in margins when units differ
-    "A forest plot: each comparison with its interval, 0 and the margin."
-    import matplotlib.pyplot as plt
-    if not comparisons: raise DataError('no comparison to draw — expected at least one')
-    ax = ax or plt.subplots(figsize=(6, .8 + .45 * len(comparisons)))[1]
-    units = {_unit(c) for c in comparisons}
-    for y, c in enumerate(comparisons):
-        good = 1 if c.higher_is_better else -1
-        f = _unit(c)[0] if len(units) == 1 else good / c.margin
-        ax.plot([f * c.low, f * c.high], [y, y], color=_COLOUR[c.verdict], lw=2)
-        ax.plot(f * c.difference, y, 'o', color=_COLOUR[c.verdict])
-        ax.plot([-good * f * c.margin] * 2, [y - .3, y + .3], ':', color='#b3372b')
-    ax.axvline(0, color='#999', lw=.8)
-    ax.set_yticks(range(len(comparisons)), [f'{name}\n{c.verdict}' for name, c in zip(labels or [c.metric for c in comparisons], comparisons, strict=True)])
-    ax.set_ylim(len(comparisons) - .5, -.5)
-    ax.set_xlabel(f'difference, after - before ({next(iter(units))[1]})' if len(units) == 1 else 'gain in margins (right is better)')
-    return ax
 
 # %% ../nbs/03_stats.ipynb #1b05444a
 Outcomes = Mapping[str, float | Sequence[float]]  # scenario id -> its value, or one value per trial
@@ -278,6 +251,33 @@ def compare_paired(
     level = np.exp if scale == 'ratio' else np.asarray
     return PairedComparison(metric, verdict, float(level(x.mean())), float(level(y.mean())), float(out(i.mean)), float(out(i.low)), float(out(i.high)), n, n_more, margin, confidence,
                             float(out(i.floor if higher_is_better else i.ceiling)), bool(i.floor > -m if higher_is_better else i.ceiling < m), float(i.p_value), k, scale, higher_is_better)
+
+# %% ../nbs/03_stats.ipynb #c9c046ca
+def _unit(c: PairedComparison) -> tuple[float, str]:
+    "The factor from a difference to what an axis shows, and the unit of that."
+    return {'rate': (100., 'points'), 'ratio': (100., '%'), 'value': (1., c.metric)}[c.scale]
+
+def plot_comparisons(
+    comparisons: Sequence[PairedComparison],  # from top to bottom
+    ax: Axes | None = None,                   # where to draw; a new figure by default
+    labels: Sequence[str] | None = None,      # a name for each line; the metric by default
+) -> Axes:                                    # x: difference in its unit, or in margins when units differ
+    "A forest plot: each comparison with its interval, 0 and the margin."
+    import matplotlib.pyplot as plt
+    if not comparisons: raise DataError('no comparison to draw — expected at least one')
+    ax = ax or plt.subplots(figsize=(6, .8 + .45 * len(comparisons)))[1]
+    units = {_unit(c) for c in comparisons}
+    for y, c in enumerate(comparisons):
+        good = 1 if c.higher_is_better else -1
+        f = _unit(c)[0] if len(units) == 1 else good / c.margin
+        ax.plot([f * c.low, f * c.high], [y, y], color=_COLOUR[c.verdict], lw=2)
+        ax.plot(f * c.difference, y, 'o', color=_COLOUR[c.verdict])
+        ax.plot([-good * f * c.margin] * 2, [y - .3, y + .3], ':', color='#b3372b')
+    ax.axvline(0, color='#999', lw=.8)
+    ax.set_yticks(range(len(comparisons)), [f'{name}\n{c.verdict}' for name, c in zip(labels or [c.metric for c in comparisons], comparisons, strict=True)])
+    ax.set_ylim(len(comparisons) - .5, -.5)
+    ax.set_xlabel(f'difference, after - before ({next(iter(units))[1]})' if len(units) == 1 else 'gain in margins (right is better)')
+    return ax
 
 # %% ../nbs/03_stats.ipynb #0c05c399
 def holm_adjust(
