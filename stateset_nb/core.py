@@ -5,8 +5,8 @@
 # %% ../nbs/00_core.ipynb #3339b94e
 from __future__ import annotations
 import asyncio, hashlib, html, importlib, json, math, os, random, sys, tempfile, threading
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
