@@ -1,0 +1,307 @@
+"""Properties of the mathematics, for inputs nobody picked."""
+import math
+import hypothesis, pytest, torch
+from hypothesis import strategies as st
+from stateset_nb.grpo import (LEVELS, LOSS_TYPES, agreeing_groups, aggregate, clipped_surrogate, clipped_tokens, entropy_from_logits, gdpo_advantages,
+                              group_advantages, grpo_loss, kl_estimate, mean_metrics, pad_turns, returns_to_go, selected_logps, turn_advantages)
+
+def given(*args): return lambda f: hypothesis.settings(max_examples=MANY, deadline=None)(hypothesis.given(*args)(f))
+
+MANY = 40
+seeds = st.integers(0, 2**32 - 1)
+NAN, INF = math.nan, math.inf
+GLOBAL = [k for k in LOSS_TYPES if k != 'bnpo']
+
+
+def batch(seed, B=6, T=9, per_token=False, moved=.3):
+    "A batch in which every row has a token: log-probs, old, reference, advantages, mask."
+    g = torch.Generator().manual_seed(seed)
+    lp = -3 * torch.rand(B, T, generator=g)
+    old, ref = lp + moved * torch.randn(B, T, generator=g), lp + .5 * torch.randn(B, T, generator=g)
+    mask = (torch.rand(B, T, generator=g) < .6).float()
+    mask[torch.arange(B), torch.randint(0, T, (B,), generator=g)] = 1
+    return lp, old, ref, torch.randn(B, T, generator=g) if per_token else torch.randn(B, generator=g), mask
+
+
+def loss_and_grad(lp, *rest, **kw):
+    lp = lp.detach().clone().requires_grad_()
+    loss, metrics = grpo_loss(lp, *rest, **kw)
+    return loss.detach(), torch.autograd.grad(loss, lp)[0], metrics
+
+
+def same(a, b, rel=1e-6, size=0.):
+    "Equal within `rel` of the largest entry, or of `size`: how large the terms were that a sum was made of."
+    assert (a - b).abs().max() <= rel * max(b.abs().max().item(), float(size), 1e-30), (a, b)
+
+
+# --- advantages ---
+
+groups = st.integers(2, 16).flatmap(lambda n: st.lists(st.lists(st.floats(-100, 100, width=32), min_size=n, max_size=n), min_size=1, max_size=5))
+
+@given(groups, st.booleans(), st.booleans())
+def test_advantages_sum_to_zero(rows, scale, loo):
+    a = group_advantages(rows, scale=scale, leave_one_out=loo)
+    assert a.isfinite().all()
+    assert (a.sum(-1).abs() <= 1e-4 * (1 + a.abs().amax(-1))).all()
+
+
+@given(st.floats(-1e6, 1e6, width=32), st.integers(2, 33), st.sampled_from([0., 1e-8, 1e-6, 1e-4]), st.booleans())
+def test_a_group_that_agrees_has_exactly_no_advantage(c, n, eps, loo):
+    r = torch.full((2, n), c)
+    assert (group_advantages(r, eps=eps, leave_one_out=loo) == 0).all()
+    assert agreeing_groups(r).all()
+    k = torch.stack([r, 3 * r], -1)
+    assert (gdpo_advantages(k, eps=eps) == 0).all()
+    assert (turn_advantages(k, torch.full((2, n), 2), eps=eps) == 0).all()
+
+
+@given(st.floats(-1e3, 1e3, width=32), seeds)
+def test_agreeing_groups_stay_zero_beside_others_in_gdpo(c, seed):
+    r = torch.cat([torch.full((3, 4, 2), c), torch.randn(2, 4, 2, generator=torch.Generator().manual_seed(seed))])
+    a = gdpo_advantages(r)
+    assert (a[:3] == 0).all() and a[3:].abs().max() > 0
+
+
+@given(st.integers(2, 8).flatmap(lambda n: st.lists(st.integers(-20, 20), min_size=n, max_size=n)), st.floats(.01, 100), st.floats(-50, 50))
+def test_scaled_advantages_do_not_know_the_scale(row, by, plus):
+    r = torch.tensor([row], dtype=torch.float64)
+    torch.testing.assert_close(group_advantages(by * r + plus, eps=0) if len(set(row)) > 1 else r * 0, group_advantages(r, eps=0), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(group_advantages(r + plus, scale=False), group_advantages(r, scale=False), rtol=1e-6, atol=1e-9)
+
+
+@given(st.lists(st.one_of(st.none(), st.floats(-10, 10, width=32)), min_size=2, max_size=10))
+def test_a_lost_answer_is_as_if_it_had_not_been(row):
+    a, kept = group_advantages([row])[0], [v for v in row if v is not None]
+    assert all(x == 0 for x, v in zip(a.tolist(), row) if v is None)
+    got = [x for x, v in zip(a.tolist(), row) if v is not None]
+    assert got == pytest.approx(group_advantages([kept])[0].tolist() if len(kept) > 1 else [0] * len(kept), rel=1e-5, abs=1e-6)
+
+
+@given(seeds)
+def test_the_order_of_siblings_does_not_matter(seed):
+    g = torch.Generator().manual_seed(seed)
+    r, order = torch.randn(3, 7, generator=g), torch.randperm(7, generator=g)
+    torch.testing.assert_close(group_advantages(r[:, order]), group_advantages(r)[:, order])
+    turns, n = torch.randn(3, 7, 4, generator=g), torch.randint(0, 5, (3, 7), generator=g)
+    torch.testing.assert_close(turn_advantages(turns[:, order], n[:, order]), turn_advantages(turns, n)[:, order])
+
+
+@pytest.mark.parametrize('bad', [torch.zeros(8), torch.zeros(3, 1), [[1., INF]], [[1., 2.], [1.]]])
+def test_rewards_that_are_no_groups_are_refused(bad):
+    with pytest.raises(ValueError, match='—'): group_advantages(bad)
+
+
+def test_the_spread_is_bessels_like_trl():
+    r = torch.tensor([[.1, .7, .3, .9, .2]])
+    torch.testing.assert_close(group_advantages(r), (r - r.mean()) / (r.std(correction=1) + 1e-4))
+
+
+def test_gdpo_equals_the_papers_formula_with_its_batch_mean():
+    r = torch.rand(5, 6, 3, generator=torch.Generator().manual_seed(0))
+    w = torch.tensor([1., .5, 2.])
+    s = ((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4) * w).sum(-1)
+    torch.testing.assert_close(gdpo_advantages(r, w), (s - s.mean()) / (s.std() + 1e-4), rtol=1e-4, atol=1e-5)
+
+
+# --- turns ---
+
+episodes = st.lists(st.lists(st.lists(st.integers(-5, 5), min_size=1, max_size=4), min_size=3, max_size=3), min_size=1, max_size=3)
+
+@given(episodes, st.floats(0, 1))
+def test_turn_advantages_are_the_formula_in_plain_python(rows, gamma):
+    a = turn_advantages(*pad_turns(rows), gamma=gamma, scale=False)
+    for p, group in enumerate(rows):
+        ret = [[sum(gamma ** (k - t) * e[k] for k in range(t, len(e))) for t in range(4)] for e in group]
+        for i, e in enumerate(group):
+            for t in range(a.size(-1)):
+                want = ret[i][t] - sum(r[t] for r in ret) / 3 if t < len(e) else 0
+                assert a[p, i, t].item() == pytest.approx(want, abs=1e-4)
+
+
+@given(episodes, st.integers(1, 3))
+def test_turn_advantages_do_not_read_past_the_end(rows, more):
+    r, n = pad_turns(rows)
+    rubbish = torch.full((*n.shape, more), NAN)
+    long = torch.cat([r, rubbish], -1)
+    long[..., :r.size(-1)][torch.arange(r.size(-1)) >= n[..., None]] = NAN
+    torch.testing.assert_close(turn_advantages(long, n)[..., :r.size(-1)], turn_advantages(r, n))
+
+
+@given(episodes)
+def test_a_failed_or_unscored_episode_changes_nothing_for_the_others(rows):
+    whole = turn_advantages(*pad_turns(rows))
+    failed = turn_advantages(*pad_turns([g + [None] for g in rows]))
+    torch.testing.assert_close(failed[:, :3], whole)
+    r, n = pad_turns([g + [[1] * 4] for g in rows])
+    r[:, 3, 2] = NAN
+    unscored = turn_advantages(r, n)
+    torch.testing.assert_close(unscored[:, :3, :whole.size(-1)], whole)
+    assert (unscored[:, 3] == 0).all()
+
+
+@given(st.integers(2, 8).flatmap(lambda n: st.lists(st.floats(-10, 10, width=32), min_size=n, max_size=n)), st.integers(1, 4))
+def test_an_outcome_only_reward_gives_every_turn_the_same(row, k):
+    a = turn_advantages(*pad_turns([[[0.] * (k - 1) + [v] for v in row]]))
+    torch.testing.assert_close(a, group_advantages([row])[..., None].expand_as(a), rtol=1e-4, atol=1e-5)
+
+
+def test_returns_to_go_is_not_an_integer_division():
+    assert returns_to_go(torch.tensor([1., 1., 1.]), .5).tolist() == [1.75, 1.5, 1.]
+
+
+# --- log-probabilities ---
+
+@given(seeds, st.integers(1, 4), st.integers(1, 6), st.integers(1, 40), st.sampled_from([.5, 1., 1.7]))
+def test_selected_logps_and_their_gradient_are_those_of_log_softmax(seed, B, T, V, temperature):
+    g = torch.Generator().manual_seed(seed)
+    z = (3 * torch.randn(B, T, V, generator=g, dtype=torch.float64)).requires_grad_()
+    ids, w = torch.randint(0, V, (B, T), generator=g), torch.randn(B, T, generator=g, dtype=torch.float64)
+    plain, ours = (z / temperature).log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1), selected_logps(z, ids, temperature)
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(*(torch.autograd.grad((x * w).sum(), z)[0] for x in (ours, plain)))
+
+
+def test_pieces_cover_more_than_one_piece(monkeypatch):
+    import stateset_nb.grpo as grpo
+    monkeypatch.setitem(grpo._PIECE, 'cpu', 70)         # 10 rows of 7
+    z = torch.randn(5, 9, 7, dtype=torch.float64, requires_grad=True)
+    for part in (z, z[:, :-1], z[:3], z.transpose(0, 1), z[0]):
+        ids = torch.randint(0, 7, part.shape[:-1])
+        ours, plain = selected_logps(part, ids), part.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
+        torch.testing.assert_close(ours, plain)
+        torch.testing.assert_close(*(torch.autograd.grad(x.square().sum(), z)[0] for x in (ours, plain)))
+        torch.testing.assert_close(entropy_from_logits(part), torch.distributions.Categorical(logits=part).entropy())
+
+
+def test_half_precision_logits_give_float32_values_and_a_half_precision_gradient():
+    z = torch.randn(2, 3, 11).bfloat16().requires_grad_()
+    ids = torch.randint(0, 11, (2, 3))
+    lp = selected_logps(z, ids)
+    lp.sum().backward()
+    assert lp.dtype == torch.float32 and z.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(lp, z.float().log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1))
+
+
+def test_the_entropy_of_a_banned_vocabulary_has_a_finite_gradient():
+    z = torch.tensor([[1., 2., -INF]], requires_grad=True)
+    entropy_from_logits(z).sum().backward()
+    assert z.grad.isfinite().all()
+
+
+# --- ratio, clip, distance ---
+
+@given(seeds, st.floats(.01, .5), st.floats(.01, .5))
+def test_at_ratio_one_the_clip_is_not_there(seed, low, high):
+    a = torch.randn(20, generator=torch.Generator().manual_seed(seed))
+    lp = torch.zeros(20, requires_grad=True)
+    y = clipped_surrogate(lp.exp(), a, low, high, delta=2.)
+    assert torch.equal(y.detach(), a)
+    assert torch.equal(torch.autograd.grad(y.sum(), lp)[0], a)
+
+
+@given(seeds, st.floats(.05, .5), st.floats(.05, .5))
+def test_the_clip_takes_the_gradient_exactly_where_it_is_counted(seed, low, high):
+    g = torch.Generator().manual_seed(seed)
+    q = (3 * torch.rand(50, generator=g)).requires_grad_()
+    a = torch.randn(50, generator=g)
+    y = clipped_surrogate(q, a, low, high)
+    slope, = torch.autograd.grad(y.sum(), q)
+    below, above = clipped_tokens(q.detach(), a, low, high)
+    assert torch.equal(slope == 0, below | above)
+    assert (y <= q * a + 1e-6).all()
+
+
+@given(st.floats(-50, 50, width=32), st.floats(-50, 50, width=32))
+def test_k2_and_k3_are_never_negative(lp, ref):
+    for kind in ('k2', 'k3'):
+        assert kl_estimate(torch.tensor(lp), torch.tensor(ref), kind) >= 0
+        assert kl_estimate(torch.tensor(lp), torch.tensor(lp), kind) == 0
+
+
+# --- the loss ---
+
+options = st.fixed_dictionaries(dict(loss_type=st.sampled_from(LOSS_TYPES), level=st.sampled_from(LEVELS), beta=st.sampled_from([0., .1]),
+                                     kl=st.sampled_from(['k1', 'k2', 'k3']), epsilon_high=st.sampled_from([None, .28]), delta=st.sampled_from([None, 2.])))
+
+@given(seeds, options, st.integers(0, 5), st.integers(0, 5))
+def test_padding_on_either_side_changes_nothing(seed, kw, left, right):
+    lp, old, ref, adv, mask = batch(seed)
+    def pad(x, v): return torch.nn.functional.pad(x, (left, right), value=v)
+    a, ga, ma = loss_and_grad(lp, old, ref, adv, mask, max_completion_length=16, **kw)
+    b, gb, mb = loss_and_grad(pad(lp, NAN), pad(old, INF), pad(ref, -INF), adv, pad(mask, 0.), max_completion_length=16, **kw)
+    same(b, a, size=ga.abs().sum()); same(gb, pad(ga, 0.))
+    assert (gb[:, :left] == 0).all() and (gb[:, left + lp.size(1):] == 0).all()
+    assert mean_metrics([ma]) == pytest.approx(mean_metrics([mb]), rel=1e-5, abs=1e-6)
+
+
+@given(seeds, options)
+def test_the_order_of_rows_changes_nothing(seed, kw):
+    parts = batch(seed)
+    order = torch.randperm(len(parts[0]), generator=torch.Generator().manual_seed(seed))
+    a, ga, _ = loss_and_grad(*parts, max_completion_length=16, **kw)
+    b, gb, _ = loss_and_grad(*(x[order] for x in parts), max_completion_length=16, **kw)
+    same(b, a, size=ga.abs().sum()); same(gb, ga[order])
+
+
+@given(seeds, options.filter(lambda o: o['loss_type'] in GLOBAL), st.sampled_from([(1, 1, 1, 1, 1, 1), (2, 4), (3, 3), (5, 1), (1, 2, 3)]), st.booleans())
+def test_the_cut_into_micro_batches_changes_nothing(seed, kw, sizes, per_token):
+    parts = batch(seed, per_token=per_token and kw['level'] == 'token')
+    kw = kw | dict(n_sequences=6, n_tokens=parts[-1].sum(), max_completion_length=16)
+    a, ga, ma = loss_and_grad(*parts, **kw)
+    cut = [loss_and_grad(*micro, **kw) for micro in zip(*(x.split(sizes) for x in parts))]
+    same(sum(c[0] for c in cut), a, size=ga.abs().sum())
+    same(torch.cat([c[1] for c in cut]), ga)
+    assert mean_metrics(c[2] for c in cut) == pytest.approx(mean_metrics([ma]), rel=1e-5, abs=1e-6)
+
+
+@given(seeds, options)
+def test_rubbish_outside_the_mask_has_exactly_no_gradient(seed, kw):
+    lp, old, ref, adv, mask = batch(seed)
+    out = mask == 0
+    lp2, old2, ref2 = lp.masked_fill(out, NAN), old.masked_fill(out, INF), ref.masked_fill(out, -INF)
+    a, ga, _ = loss_and_grad(lp, old, ref, adv, mask, max_completion_length=16, **kw)
+    b, gb, _ = loss_and_grad(lp2, old2, ref2, adv, mask, max_completion_length=16, **kw)
+    assert torch.equal(a, b) and torch.equal(ga, gb) and (gb[out] == 0).all() and gb.isfinite().all()
+    if kw['level'] == 'token':
+        c, gc, _ = loss_and_grad(lp2, old2, ref2, adv[:, None].expand_as(lp).masked_fill(out, NAN), mask.bool(), max_completion_length=16, **kw)
+        assert torch.equal(a, c) and torch.equal(ga, gc)
+
+
+@given(seeds, st.sampled_from(LOSS_TYPES))
+def test_on_policy_the_gradient_is_the_policy_gradient(seed, kind):
+    lp, _, _, adv, mask = batch(seed)
+    _, ga, metrics = loss_and_grad(lp, None, None, adv, mask, loss_type=kind, max_completion_length=16)
+    x = lp.clone().requires_grad_()
+    plain, = torch.autograd.grad(aggregate(-adv[:, None] * x, mask, kind, max_completion_length=16), x)
+    same(ga, plain)
+    assert set(mean_metrics([metrics]).values()) == {0.}
+
+
+def test_an_inner_nan_is_not_hidden():
+    lp, old, ref, adv, mask = batch(0)
+    lp[mask.bool()] = NAN
+    assert grpo_loss(lp, old, ref, adv, mask)[0].isnan()
+
+
+def test_a_row_without_tokens_is_no_division_by_zero():
+    lp, old, ref, adv, mask = batch(0)
+    mask[0] = 0
+    for kind in LOSS_TYPES:
+        for level in LEVELS:
+            a, ga, metrics = loss_and_grad(lp, old, ref, adv, mask, loss_type=kind, level=level, max_completion_length=16)
+            assert a.isfinite() and (ga[0] == 0).all()
+            assert metrics['clip_ratio/low_mean'][1] == (mask.sum() if level == 'token' else 5)
+        assert loss_and_grad(lp, old, ref, adv, mask * 0, loss_type=kind, max_completion_length=16)[0] == 0
+
+
+def test_with_beta_zero_the_distance_is_measured_and_not_trained_on():
+    lp, old, ref, adv, mask = batch(3)
+    a, ga, metrics = loss_and_grad(lp, old, ref, adv, mask)
+    b, gb, none = loss_and_grad(lp, old, None, adv, mask)
+    assert torch.equal(a, b) and torch.equal(ga, gb) and 'kl' not in none and mean_metrics([metrics])['kl'] > 0
+
+
+def test_the_gradient_is_exact():
+    lp, old, ref, adv, mask = (x.double() for x in batch(1, B=2, T=4, moved=.1))
+    def check(**kw): return torch.autograd.gradcheck(lambda x: grpo_loss(x, old, ref, adv, mask, epsilon=.5, **kw)[0], lp.clone().requires_grad_())
+    assert check(beta=.1) and check(level='sequence') and check(beta=.1, kl='k1', loss_type='grpo') and check(beta=.1, use_bias_correction_kl=False)
