@@ -29,7 +29,7 @@ def loss_and_grad(lp, *rest, **kw):
     return loss.detach(), torch.autograd.grad(loss, lp)[0], metrics
 
 
-def same(a, b, rel=1e-6, size=0.):
+def check_same(a, b, rel=1e-6, size=0.):
     "Equal within `rel` of the largest entry, or of `size`: how large the terms were that a sum was made of."
     assert (a - b).abs().max() <= rel * max(b.abs().max().item(), float(size), 1e-30), (a, b)
 
@@ -229,7 +229,7 @@ def test_padding_on_either_side_changes_nothing(seed, kw, left, right):
     def pad(x, v): return torch.nn.functional.pad(x, (left, right), value=v)
     a, ga, ma = loss_and_grad(lp, old, ref, adv, mask, max_completion_length=16, **kw)
     b, gb, mb = loss_and_grad(pad(lp, NAN), pad(old, INF), pad(ref, -INF), adv, pad(mask, 0.), max_completion_length=16, **kw)
-    same(b, a, size=ga.abs().sum()); same(gb, pad(ga, 0.))
+    check_same(b, a, size=ga.abs().sum()); check_same(gb, pad(ga, 0.))
     assert (gb[:, :left] == 0).all() and (gb[:, left + lp.size(1):] == 0).all()
     assert mean_metrics([ma]) == pytest.approx(mean_metrics([mb]), rel=1e-5, abs=1e-6)
 
@@ -240,7 +240,7 @@ def test_the_order_of_rows_changes_nothing(seed, kw):
     order = torch.randperm(len(parts[0]), generator=torch.Generator().manual_seed(seed))
     a, ga, _ = loss_and_grad(*parts, max_completion_length=16, **kw)
     b, gb, _ = loss_and_grad(*(x[order] for x in parts), max_completion_length=16, **kw)
-    same(b, a, size=ga.abs().sum()); same(gb, ga[order])
+    check_same(b, a, size=ga.abs().sum()); check_same(gb, ga[order])
 
 
 @given(seeds, options.filter(lambda o: o['loss_type'] in GLOBAL), st.sampled_from([(1, 1, 1, 1, 1, 1), (2, 4), (3, 3), (5, 1), (1, 2, 3)]), st.booleans())
@@ -249,8 +249,8 @@ def test_the_cut_into_micro_batches_changes_nothing(seed, kw, sizes, per_token):
     kw = kw | dict(n_sequences=6, n_tokens=parts[-1].sum(), max_completion_length=16)
     a, ga, ma = loss_and_grad(*parts, **kw)
     cut = [loss_and_grad(*micro, **kw) for micro in zip(*(x.split(sizes) for x in parts))]
-    same(sum(c[0] for c in cut), a, size=ga.abs().sum())
-    same(torch.cat([c[1] for c in cut]), ga)
+    check_same(sum(c[0] for c in cut), a, size=ga.abs().sum())
+    check_same(torch.cat([c[1] for c in cut]), ga)
     assert mean_metrics(c[2] for c in cut) == pytest.approx(mean_metrics([ma]), rel=1e-5, abs=1e-6)
 
 
@@ -273,7 +273,7 @@ def test_on_policy_the_gradient_is_the_policy_gradient(seed, kind):
     _, ga, metrics = loss_and_grad(lp, None, None, adv, mask, loss_type=kind, max_completion_length=16)
     x = lp.clone().requires_grad_()
     plain, = torch.autograd.grad(aggregate(-adv[:, None] * x, mask, kind, max_completion_length=16), x)
-    same(ga, plain)
+    check_same(ga, plain)
     assert set(mean_metrics([metrics]).values()) == {0.}
 
 
