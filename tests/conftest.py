@@ -1,0 +1,63 @@
+"""What tests of the whole house share."""
+import functools, http.server, os, shutil, threading
+from pathlib import Path
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).parent.parent
+BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', '/Applications/Google Chrome.app/Contents/MacOS/Google Chrome')
+QUIET = ('--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update '
+         '--disable-default-apps --disable-sync --disable-domain-reliability --metrics-recording-only').split()
+
+settings.register_profile('house', deadline=None, derandomize=True, max_examples=60)
+settings.load_profile('house')
+
+def lacking(line):
+    "Skip a test with a line that says why; under CI, where nothing may be lacking, fail it."
+    (pytest.fail if os.environ.get('CI')=='true' else pytest.skip)(line)
+
+@pytest.fixture(scope='session')
+def need():
+    "`need(command, ..., why=...)` gives the path of the first command that is here, or skips the test."
+    def f(*commands, why):
+        for c in commands:
+            if path := shutil.which(c): return path
+        lacking(f'{commands[0]} is not here: {why}')
+    return f
+
+@pytest.fixture(scope='session')
+def root(): return ROOT
+
+@pytest.fixture(scope='session')
+def site():
+    "The folder of the built site, if it is newer than what it is built from."
+    index = ROOT/'_site'/'index.html'
+    if not index.exists(): lacking('the site is not built: run `make docs`')
+    sources = [*(ROOT/'nbs').rglob('*.ipynb'), *(ROOT/'tools').glob('*.*'), ROOT/'mkdocs.yml', ROOT/'nbs'/'sidebar.yml']
+    late = [f.name for f in sources if '.ipynb_checkpoints' not in f.parts and f.stat().st_mtime > index.stat().st_mtime]
+    if late: lacking(f'the site is older than {", ".join(late[:5])}: run `make docs`')
+    return index.parent
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    "Serves files and says nothing."
+    def log_message(self, *args): pass
+
+@pytest.fixture(scope='session')
+def served(site):
+    "The address of the site on this machine's loopback."
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=site)) as s:
+        th = threading.Thread(target=s.serve_forever)
+        th.start()
+        yield f'http://127.0.0.1:{s.server_port}/'
+        s.shutdown()
+        th.join()
+
+@pytest.fixture(scope='session')
+def chromium(need):
+    "A headless browser."
+    from playwright.sync_api import sync_playwright
+    path = need(*BROWSERS, why='`make system` installs it on Debian and Ubuntu')
+    with sync_playwright() as p:
+        b = p.chromium.launch(executable_path=path, args=QUIET)
+        yield b
+        b.close()
