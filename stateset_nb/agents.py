@@ -7,8 +7,8 @@ from __future__ import annotations
 import inspect, json
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Protocol
 
 from .core import ConfigError, DataError, Message, Record, SampledTokens, ToolCall, stream
@@ -19,6 +19,20 @@ __all__ = ['Tool', 'call_tool', 'Reply', 'Backend', 'PolicyBackend', 'StubBacken
            'MultiTurnAgent', 'ToolAgent']
 
 # %% ../nbs/02_agents.ipynb #24e03b12
+@lru_cache(256)
+def _arguments(function: Callable[..., Any], name: str, bound: bool) -> tuple[Any, dict[str, Any]]:
+    "(pydantic model of a function's parameters, its JSON schema); made once for each function."
+    from pydantic import ConfigDict, create_model
+    ps = list(inspect.signature(function, eval_str=True).parameters.values())[bound:]
+    untyped = [p.name for p in ps if p.annotation is p.empty]
+    if untyped: raise ConfigError(f'tool {name} has parameters without a type: {", ".join(untyped)} — annotate them, e.g. order_id: str')
+    fields = {p.name: (p.annotation, ... if p.default is p.empty else p.default) for p in ps}
+    model = create_model(name, __config__=ConfigDict(extra='forbid', coerce_numbers_to_str=True), **fields)  # type: ignore[call-overload]
+    s = model.model_json_schema()
+    props = {k: {a: b for a, b in v.items() if a != 'title'} for k, v in s.get('properties', {}).items()}
+    return model, {'type': 'object', 'properties': props, 'required': s.get('required', []), 'additionalProperties': False}
+
+# %% ../nbs/02_agents.ipynb #4792f85d
 class Tool:
     "A typed Python function, sync or async, that an agent may call."
     def __init__(
@@ -26,22 +40,10 @@ class Tool:
         function: Callable[..., Any],  # every parameter annotated; its docstring is the description
         name: str | None = None,       # the function's name unless given
     ) -> None:
-        from pydantic import ConfigDict, create_model
         self.function, self.name = function, name or function.__name__
-        self.description = inspect.getdoc(function) or ''
-        sig = inspect.signature(function, eval_str=True)
-        untyped = [p.name for p in sig.parameters.values() if p.annotation is p.empty]
-        if untyped: raise ConfigError(f'tool {self.name} has parameters without a type: {", ".join(untyped)} — annotate them, e.g. order_id: str')
-        self._args = create_model(self.name, __config__=ConfigDict(extra='forbid', coerce_numbers_to_str=True),
-                                  **{p.name: (p.annotation, ... if p.default is p.empty else p.default) for p in sig.parameters.values()})  # type: ignore[call-overload]
-
-    @property
-    def schema(self) -> dict[str, Any]:
-        "The tool in OpenAI's form."
-        s = self._args.model_json_schema()
-        props = {k: {a: b for a, b in v.items() if a != 'title'} for k, v in s.get('properties', {}).items()}
-        return {'type': 'function', 'function': {'name': self.name, 'description': self.description,
-                'parameters': {'type': 'object', 'properties': props, 'required': s.get('required', []), 'additionalProperties': False}}}
+        method = inspect.ismethod(function)
+        self._args, parameters = _arguments(function.__func__ if method else function, self.name, method)
+        self.schema = {'type': 'function', 'function': {'name': self.name, 'description': inspect.getdoc(function) or '', 'parameters': parameters}}  # OpenAI's form
 
     async def run(
         self,

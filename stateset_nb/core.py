@@ -6,6 +6,7 @@
 from __future__ import annotations
 import asyncio, hashlib, html, importlib, json, math, os, random, sys, tempfile, threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -15,7 +16,7 @@ __all__ = ['ROLES', 'T', 'U', 'StateSetError', 'ConfigError', 'DataError', 'Back
            'require', 'Record', 'check_keys', 'ToolCall', 'SampledTokens', 'Message', 'content_hash', 'Conversation',
            'write_text', 'write_jsonl', 'read_jsonl', 'read_conversations', 'Scenario', 'Segment', 'Trajectory',
            'TrajectoryGroup', 'unit_score', 'TrainingExample', 'Feedback', 'RewardExample', 'Preference', 'stream',
-           'set_seed', 'run_sync', 'gather', 'demo_conversations']
+           'set_seed', 'run_sync', 'gather', 'progress_bar', 'demo_conversations']
 
 # %% ../nbs/00_core.ipynb #c1351dbc
 class StateSetError(Exception):
@@ -476,6 +477,23 @@ async def gather(
         for t in tasks: t.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     return res
+
+# %% ../nbs/00_core.ipynb #255c994a
+@contextmanager
+def progress_bar(
+    what: str,            # what is being done
+    total: int,           # steps of it
+    show: bool = True,    # False draws nothing
+    done: int = 0,        # steps done before
+) -> Iterator[Callable[[str], None]]:  # call it after each step, with a word on how it goes
+    "A progress bar around long work."
+    if not show:
+        yield lambda note='': None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    with Progress(TextColumn('{task.description}'), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn('{task.fields[note]}')) as bar:
+        task = bar.add_task(what, total=total, completed=done, note='')
+        yield lambda note='': bar.update(task, advance=1, note=note)
 
 # %% ../nbs/00_core.ipynb #658ee1e5
 def demo_conversations() -> list[Conversation]:  # six, with ratings from 1 to 5

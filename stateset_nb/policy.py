@@ -135,7 +135,7 @@ def make_tokenizer(
     before = [f'(?<![0-9{every}])'] + [f'(?<=[{"".join(row)}])' for row in marks[:-1]]
     tok = Tokenizer(models.BPE())
     tok.normalizer = normalizers.Sequence([normalizers.Replace(Regex(before[p] + str(d)), marks[p][d]) for p in range(_PLACES) for d in range(10)])
-    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r' ?[^\W\d]+=?|[0-9]| ?[^\w\s]+|\s+'), 'isolated'),
+    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(rf' ?[^\W\d]+=?|[0-9{every}]| ?[^\w\s{every}]+|\s+'), 'isolated'),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tok.decoder = decoders.Sequence([decoders.ByteLevel(), *(decoders.Replace(c, str(i % 10)) for i, c in enumerate(every))])
     special = [_PAD, _END, _CALL, *_ROLE.values()]
@@ -290,6 +290,7 @@ def _cache_class() -> type:
                     res.append(buf[:, :, :self.width][self.rows])
             return res[0], res[1]
 
+        @torch.inference_mode()
         def move(self, source: int | Tensor, target: int | Tensor, columns: int | None = None) -> None:
             "Copy slots, up to a column."
             for store in (self.k, self.v):
