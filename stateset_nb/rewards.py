@@ -13,9 +13,9 @@ from .core import (BackendError, ConfigError, Conversation, DataError, Message, 
                               check_keys, demo_conversations, gather)
 
 # %% auto #0
-__all__ = ['EpisodeContext', 'RewardError', 'RewardResult', 'as_messages', 'RewardFunction', 'reward_function',
-           'HelpfulnessReward', 'SafetyReward', 'TaskCompletionReward', 'CompositeReward',
-           'create_customer_service_reward', 'RewardSignal', 'RewardReport', 'check_reward']
+__all__ = ['EpisodeContext', 'RewardError', 'RewardResult', 'as_turns', 'RewardFunction', 'reward_function', 'HelpfulnessReward',
+           'SafetyReward', 'TaskCompletionReward', 'CompositeReward', 'create_customer_service_reward', 'RewardSignal',
+           'RewardReport', 'check_reward']
 
 # %% ../nbs/20_rewards.ipynb #9c1714b2
 @dataclass(frozen=True)
@@ -35,7 +35,11 @@ class EpisodeContext(Record):
 # %% ../nbs/20_rewards.ipynb #914172c1
 class RewardError(DataError):
     "A reward gave something that is no reward; `rule` says how: 'type', 'range' or 'finite'."
-    def __init__(self, message: str, rule: str = 'type') -> None:
+    def __init__(
+        self,
+        message: str,        # what was seen, what was expected, what to do
+        rule: str = 'type',  # the rule that was broken
+    ) -> None:
         super().__init__(message)
         self.rule = rule
 
@@ -71,7 +75,7 @@ class RewardResult(Record):
         return f'<div style="max-width:46em"><table>{rows}</table><small>{html.escape(self.explanation)}</small></div>'
 
 # %% ../nbs/20_rewards.ipynb #953273b3
-def as_messages(
+def as_turns(
     turns: Conversation | Sequence[Message] | Sequence[dict[str, Any]],  # a talk, as messages or as `{"role": ..., "content": ...}`
 ) -> tuple[Message, ...]:  # raises `DataError` naming the turn
     "The messages of a talk, whichever way it was written down."
@@ -124,7 +128,7 @@ class RewardFunction(ABC):
     ) -> list[RewardResult]:                                         # in the same order; an error names the reward
         "Score many talks; models override this to work in batches."
         async def one(pair: tuple[Any, EpisodeContext | None]) -> RewardResult:
-            try: return _checked(self.name, await self.compute_reward(as_messages(pair[0]), pair[1]))
+            try: return _checked(self.name, await self.compute_reward(as_turns(pair[0]), pair[1]))
             except Exception as e: raise _blame(self.name, e) from e
         return await gather(one, _paired(list_of_turns, contexts))
 
@@ -144,7 +148,7 @@ class _FunctionReward(RewardFunction):
 
     async def compute_reward(self, turns: Sequence[Message], context: EpisodeContext | None = None) -> RewardResult:
         "Call the function and read what it returns."
-        args = (as_messages(turns), context) if self.takes_context else (as_messages(turns),)
+        args = (as_turns(turns), context) if self.takes_context else (as_turns(turns),)
         try:
             value = self.function(*args)
             return _as_result(self.name, await value if inspect.isawaitable(value) else value)
@@ -332,7 +336,7 @@ class HelpfulnessReward(RewardFunction):
         rows: list[dict[str, float]] = []
         topics: set[str] = set()
         said: set[tuple[str, ...]] = set()
-        for question, reply in _exchanges(as_messages(turns)):
+        for question, reply in _exchanges(as_turns(turns)):
             q, a = _words(_sentences(question)), _words(_sentences(reply))
             topics |= _content(q)
             said.update(r for n in (1, 2, 3) for r in _runs(q, n))
@@ -442,7 +446,7 @@ class SafetyReward(RewardFunction):
     async def compute_reward(self, turns: Sequence[Message], context: EpisodeContext | None = None) -> RewardResult:
         "0 as soon as one sentence of the agent is an unsafe act."
         found: dict[str, str] = {}
-        for m in as_messages(turns):
+        for m in as_turns(turns):
             if m.role != 'assistant': continue
             for s in map(' '.join, _sentences(m.text)):
                 for act, rule in _ACTS.items():
@@ -497,7 +501,7 @@ class TaskCompletionReward(RewardFunction):
     async def compute_reward(self, turns: Sequence[Message], context: EpisodeContext | None = None) -> RewardResult:
         "The share of the goal's checks that were met; raises `DataError` when there is nothing to check."
         goal = self.criteria | {k: v for k, v in (context.scenario.goal if context and context.scenario else {}).items() if k in _GOALS}
-        said = ' '.join(['', *(w for m in as_messages(turns) if m.role == 'assistant' for w in _words(_sentences(m.text))), ''])
+        said = ' '.join(['', *(w for m in as_turns(turns) if m.role == 'assistant' for w in _words(_sentences(m.text))), ''])
         checks = _met(goal, said, context or EpisodeContext())
         if not checks: raise DataError(f'{self.name} has nothing to check — expected one of {", ".join(_GOALS)} in context.scenario.goal or in criteria')
         parts = {p: math.fsum(ok for q, _, ok in checks if q == p) / sum(q == p for q, _, _ in checks) for p in _GOALS if any(q == p for q, _, _ in checks)}
@@ -543,7 +547,7 @@ class CompositeReward(RewardFunction):
 
     async def compute_rewards(self, list_of_turns: Sequence[Sequence[Message]], contexts: Sequence[EpisodeContext | None] | None = None) -> list[RewardResult]:
         "Score many talks, each part in its own batch; an error names the part."
-        pairs = _paired([as_messages(t) for t in list_of_turns], contexts)
+        pairs = _paired([as_turns(t) for t in list_of_turns], contexts)
         async def ask(part: RewardFunction) -> list[RewardResult]:
             try: res = [_checked(part.name, r) for r in await part.compute_rewards([t for t, _ in pairs], [c for _, c in pairs])]
             except Exception as e: raise _blame(part.name, e) from e
