@@ -123,6 +123,7 @@ class ToolCall(Record):
         "Read a call in OpenAI's form."
         f = d.get('function') if isinstance(d, dict) else None
         if not isinstance(f, dict) or not isinstance(f.get('name'), str): raise DataError(f'{_at(where)}{d!r:.80} is not a tool call — expected {{"function": {{"name": ..., "arguments": ...}}}}')
+        if not isinstance(d.get('id'), str | None): raise DataError(f'{_at(where)}id={d["id"]!r:.60} of a tool call — expected text or null')
         a = f.get('arguments', '{}')
         return cls(f['name'], a if isinstance(a, str) else json.dumps(a), d.get('id'))
 
@@ -181,6 +182,8 @@ class Message(Record):
         calls = d.get('tool_calls') or ()
         if not isinstance(calls, (list, tuple)): raise DataError(f'{_at(where)}tool_calls is {type(calls).__name__} — expected a list')
         if 'content' not in d and not calls: raise DataError(f'{_at(where)}a {role} message has neither content nor tool_calls — add "content"')
+        for k in ('tool_call_id', 'name'):
+            if not isinstance(d.get(k), str | None): raise DataError(f'{_at(where)}{k}={d[k]!r:.60} — expected text or null')
         ours = {'role', 'content', 'tool_calls', 'tool_call_id', 'name'}
         return cls(role, _content(d.get('content'), where), tuple(ToolCall.from_dict(c, f'{where} tool_calls[{i}]'.strip()) for i, c in enumerate(calls)),
                    d.get('tool_call_id'), d.get('name'), {k: v for k, v in d.items() if k not in ours})
@@ -223,10 +226,12 @@ class Conversation(Record):
             raise DataError(f'{_at(where)}no messages — expected {{"messages": [{{"role": ..., "content": ...}}, ...]}}')
         if d.get('schema', 1) != 1: raise DataError(f'{_at(where)}schema={d["schema"]!r} — this version reads schema 1 — upgrade stateset-nb')
         rating = d.get('rating')
-        if rating is not None and (isinstance(rating, bool) or not isinstance(rating, (int, float)) or not math.isfinite(rating)):
+        if rating is not None and (isinstance(rating, bool) or not isinstance(rating, (int, float)) or not abs(rating) < math.inf):
             raise DataError(f'{_at(where)}rating={rating!r} — expected a number or null')
+        more = d.get('metadata') or {}
+        if not isinstance(more, dict): raise DataError(f'{_at(where)}metadata is {type(more).__name__} — expected an object')
         msgs = tuple(Message.from_dict(m, f'{_at(where)}messages[{i}]') for i, m in enumerate(d['messages']))
-        meta = {k: v for k, v in d.items() if k not in {'messages', 'id', 'rating', 'metadata', 'schema'}} | (d.get('metadata') or {})
+        meta = {k: v for k, v in d.items() if k not in {'messages', 'id', 'rating', 'metadata', 'schema'}} | more
         return cls(msgs, str(d.get('id') or ''), rating, meta)
 
     def __str__(self) -> str: return '\n'.join(f'{m.role:>9}  {m.text}' + ''.join(f' [{c.name} {c.arguments}]' for c in m.tool_calls) for m in self.messages)

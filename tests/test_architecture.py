@@ -108,9 +108,11 @@ def check_class(c, said, inherited):
 def classes(): return {c.name:c for b in BOOKS for c in tree(b).body if isinstance(c, ast.ClassDef)}
 
 def inherited(c):
-    "The methods of the classes of this house that `c` is built on."
-    bases = [classes()[n] for b in c.bases if (n := ast.unparse(b).split('[')[0].split('.')[-1]) in classes()]
-    return {n.name for b in bases for n in b.body if isinstance(n, DEF)} | {n for b in bases for n in inherited(b)}
+    "The methods of the classes of this house that `c` is built on, and of the protocols it may keep to."
+    def bases(k): return [n for b in k.bases if (n := ast.unparse(b).split('[')[0].split('.')[-1])]
+    up = [classes()[n] for n in bases(c) if n in classes()]
+    kept = [k for k in classes().values() if k is not c and 'Protocol' in bases(k)]
+    return {n.name for k in (*up, *kept) for n in k.body if isinstance(n, DEF)} | {n for b in up for n in inherited(b)}
 
 @each_book
 def test_public_names_are_documented(book):
