@@ -492,13 +492,15 @@ def progress_bar(
     done: int = 0,        # steps done before
 ) -> Iterator[Callable[[str], None]]:  # call it after each step, with a word on how it goes
     "A progress bar around long work."
+    def nothing(note: str = '') -> None: pass
     if not show:
-        yield lambda note='': None
+        yield nothing
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     with Progress(TextColumn('{task.description}'), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn('{task.fields[note]}')) as bar:
         task = bar.add_task(what, total=total, completed=done, note='')
-        yield lambda note='': bar.update(task, advance=1, note=note)
+        def advance(note: str = '') -> None: bar.update(task, advance=1, note=note)
+        yield advance
 
 # %% ../nbs/00_core.ipynb #658ee1e5
 def demo_conversations() -> list[Conversation]:  # six, with ratings from 1 to 5

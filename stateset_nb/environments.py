@@ -19,7 +19,8 @@ from .rewards import EpisodeContext, RewardFunction
 # %% auto #0
 __all__ = ['DESK_POLICY', 'PERFECT', 'Step', 'Environment', 'SimulatedUser', 'ScriptedUser', 'AgentUser',
            'ConversationEnvironment', 'rollout', 'rollouts', 'rollout_group', 'right_answer', 'situation',
-           'DeskRequest', 'desk_scenarios', 'SupportDesk', 'ClerkHabits', 'support_desk_logs', 'check_environment']
+           'DeskRequest', 'desk_scenarios', 'SupportDesk', 'ClerkHabits', 'play_clerks', 'support_desk_logs',
+           'check_environment']
 
 # %% ../nbs/30_environments.ipynb #54a914f2
 @dataclass(frozen=True)
@@ -555,17 +556,21 @@ async def _clerk_talk(scenario: Scenario, habits: ClerkHabits, seed: int) -> Con
             if step.terminated or step.truncated: break
     return Conversation(tuple(talk), f'log-{scenario.id}', metadata={'scenario_id': scenario.id, 'difficulty': scenario.difficulty, 'reward': step.reward, **step.info})
 
+async def play_clerks(
+    scenarios: Sequence[Scenario],        # of the support desk
+    seed: int = 0,                        # of the clerks' moods
+    habits: ClerkHabits | None = None,    # how good they are; mixed unless given
+) -> list[Conversation]:                  # one each, with `success`, `requests` and `difficulty` in the metadata
+    "Let clerks serve given scenarios."
+    return [await _clerk_talk(s, habits or ClerkHabits(), stream('clerk', seed, s.id)) for s in scenarios]
+
 def support_desk_logs(
     n: int = 4000,                        # conversations
     seed: int = 0,                        # of scenarios and clerks
     habits: ClerkHabits | None = None,    # how good the clerks are; mixed unless given
-    split: str = 'train',                 # which scenarios
-) -> list[Conversation]:                  # with `success`, `requests` and `difficulty` in their metadata
+) -> list[Conversation]:                  # with `success`, `requests` and `difficulty` in the metadata
     "What a desk with clerks of mixed quality leaves behind."
-    scenarios = desk_scenarios(n, stream('logs', seed), split)
-    async def all_talks() -> list[Conversation]:
-        return [await _clerk_talk(s, habits or ClerkHabits(), stream('clerk', seed, i)) for i, s in enumerate(scenarios)]
-    return run_sync(all_talks())
+    return run_sync(play_clerks(desk_scenarios(n, stream('logs', seed)), seed, habits))
 
 # %% ../nbs/30_environments.ipynb #2ad5d205
 async def check_environment(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 # %% auto #0
-__all__ = ['TestResult', 'TestResults', 'evaluate', 'TrainingMetrics']
+__all__ = ['TestResult', 'TestResults', 'scenario_hash', 'evaluate', 'TrainingMetrics']
 
 # %% ../nbs/41_evaluation.ipynb #321ecbf7
 @dataclass(frozen=True)
@@ -187,6 +187,13 @@ class TestResults(_Trials):
         return (f'<div style="max-width:46em"><b>{html.escape(self.agent)}</b>: success {_percent(self.success)}, {self.trials} trials each'
                 f'<details open><summary>by difficulty</summary>{_html_slices(self.by())}</details>{tags}' + (f'failed trials:<ul>{bad}</ul>' if bad else '') + '</div>')
 
+# %% ../nbs/41_evaluation.ipynb #6f8bd5a8
+def scenario_hash(
+    scenarios: Sequence[Scenario],  # in any order
+) -> str:                           # the same for the same scenarios
+    "A short name for a set of scenarios."
+    return content_hash(sorted((s.to_dict() for s in scenarios), key=lambda d: d['id']))
+
 # %% ../nbs/41_evaluation.ipynb #9386ae48
 async def evaluate(
     agent: Agent,                      # who is tested
@@ -210,7 +217,7 @@ async def evaluate(
         groups = await rollouts(agent, environment, scenarios, trials, seed, reward_fn, limit, on_done=lambda t: bar.advance(task))
     results = tuple(_result(s, k, t, success) for s, g in zip(scenarios, groups) for k, t in enumerate(g.trajectories))
     unfit = ('reward', reward_fn.name) if reward_fn is not None and not reward_fn.for_verdict else ()
-    return TestResults(results, name or agent.config.model_name, seed, trials, content_hash(sorted((s.to_dict() for s in scenarios), key=lambda d: d['id'])), unfit)
+    return TestResults(results, name or agent.config.model_name, seed, trials, scenario_hash(scenarios), unfit)
 
 # %% ../nbs/41_evaluation.ipynb #27c38f36
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class TrainingProfile(Enum):
     CONSERVATIVE = {'learning_rate': 1e-6, 'epsilon': 0.1, 'epsilon_high': 0.1, 'beta': 0.05, 'max_grad_norm': 0.5}
     BALANCED = {'learning_rate': 1e-5}
     AGGRESSIVE = {'learning_rate': 5e-5, 'epsilon_high': 0.4, 'num_iterations': 2}
-    TINY = {'learning_rate': 5e-4, 'prompts_per_step': 16, 'max_completion_length': 48}
+    TINY = {'learning_rate': 5e-4, 'lr_scheduler_type': 'linear', 'prompts_per_step': 16, 'max_completion_length': 48}  # for models made on the spot
 
 _count, _positive, _nonneg = (lambda v: v == int(v) >= 1, 'a whole number, at least 1'), (lambda v: 0 < v < math.inf, 'above 0'), (lambda v: 0 <= v < math.inf, '0 or more')
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
