@@ -72,6 +72,14 @@ def _html_slices(slices: dict[str, Interval]) -> str:
     row = ('<tr><td>{}</td><td style="min-width:110px"><div style="background:#2b5fb3;height:.7em;width:{:.0f}px"></div></td><td>{}</td></tr>')
     return '<table>' + ''.join(row.format(html.escape(k), 100 * i.value, _percent(i)) for k, i in slices.items()) + '</table>'
 
+# %% ../nbs/41_evaluation.ipynb #4693547b
+def _html_test(t: TestResults) -> str:
+    "The face of a test: its rate, slices folded below, and what failed."
+    bad = ''.join(f'<li>{n} × {html.escape(e)}</li>' for e, n in t.errors.items())
+    tags = f'<details><summary>by tag</summary>{_html_slices(t.by("tag"))}</details>' if any(r.tags for r in t.results) else ''
+    return (f'<div style="max-width:46em"><b>{html.escape(t.agent)}</b>: success {_percent(t.success)}, {t.trials} trials each'
+            f'<details open><summary>by difficulty</summary>{_html_slices(t.by())}</details>{tags}' + (f'failed trials:<ul>{bad}</ul>' if bad else '') + '</div>')
+
 # %% ../nbs/41_evaluation.ipynb #fe857f22
 class _Trials(Record):
     "What can be said about a list of trials."
@@ -182,10 +190,7 @@ class TestResults(_Trials):
         return ax
 
     def _repr_html_(self) -> str:
-        bad = ''.join(f'<li>{n} × {html.escape(e)}</li>' for e, n in self.errors.items())
-        tags = f'<details><summary>by tag</summary>{_html_slices(self.by("tag"))}</details>' if any(r.tags for r in self.results) else ''
-        return (f'<div style="max-width:46em"><b>{html.escape(self.agent)}</b>: success {_percent(self.success)}, {self.trials} trials each'
-                f'<details open><summary>by difficulty</summary>{_html_slices(self.by())}</details>{tags}' + (f'failed trials:<ul>{bad}</ul>' if bad else '') + '</div>')
+        return _html_test(self)
 
 # %% ../nbs/41_evaluation.ipynb #6f8bd5a8
 def scenario_hash(

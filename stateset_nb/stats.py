@@ -179,7 +179,7 @@ class PairedComparison(Record):
                  f'({100 * self.confidence:.4g} % interval {c(self.low, self.scale)} to {c(self.high, self.scale)}; {self.n} scenarios × {self.trials})')
         if self.verdict == 'inconclusive': return f'{self.metric}: no verdict. {facts}. About {self.n_more} more scenarios are needed to see a change of {margin}.'
         loss = 'fall' if self.higher_is_better else 'rise'
-        tail = {'not_worse': f' A {loss} of {margin} is ruled out.', 'worse': f' The {loss} is smaller than {margin}.' if self.within_margin else ''}
+        tail = {'not_worse': f' A {loss} of {margin} is ruled out (one-sided bound {c(self.bound, self.scale)}).', 'worse': f' The {loss} is smaller than {margin}.' if self.within_margin else ''}
         return f'{self.metric} is {self.verdict.replace("_", " ")}: {facts}.{tail.get(self.verdict, "")}'
 
     def _repr_html_(self) -> str:
