@@ -20,7 +20,7 @@ $(ready):
 	@tools/setup.sh $@
 
 demo: $(ready)  ## the main job: conversations in, a better agent and a report out (runs/demo)
-	@stateset-nb improve --out runs/demo
+	@stateset-nb improve --out runs/demo $(if $(wildcard runs/demo/run.json),--resume)
 
 lab: $(ready)   ## open JupyterLab on the tutorials
 	@jupyter lab nbs/tutorials
