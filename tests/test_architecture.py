@@ -66,8 +66,9 @@ def test_public_names_are_unique():
         for n in public(tree(b).body): homes[n.name].append(room(b))
     assert not {n:h for n,h in homes.items() if len(h)>1}
     assert not homes.keys() & set(ROOMS), 'a public name equals the name of a module'
+    assert not [n for n in homes if n.startswith('test_')], 'pytest takes such a function for a test wherever it is imported'
 
-# Docments: each parameter on a line of its own with a comment, a docstring, and a word about what is returned.
+# Docments: a docstring, each parameter on a line of its own with a comment, and a word about what a function returns.
 
 def comments(source):
     "The lines that hold a comment."
@@ -100,9 +101,7 @@ def check_class(c, said, inherited):
         if n.name=='__init__' or n.name in inherited:
             if n.name!='__init__' and not ast.get_docstring(n): yield f'{where} has no docstring'
             elif n.name=='__init__': yield from (p for p in check_function(n, said, where) if 'docstring' not in p)
-        else:
-            quick = names_of(n.decorator_list) & {'property', 'cached_property', 'setter'}
-            yield from check_function(n, said, where, returns=not quick)
+        else: yield from check_function(n, said, where, returns=False)
 
 @cache
 def classes(): return {c.name:c for b in BOOKS for c in tree(b).body if isinstance(c, ast.ClassDef)}
