@@ -5,18 +5,18 @@
 # %% ../nbs/02_agents.ipynb #76211f4c
 from __future__ import annotations
 import inspect, json
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
-from .core import ConfigError, DataError, Message, Record, SampledTokens, ToolCall, stream
-from .policy import Key, Policy, SamplingParams, _owner, load_policy, tiny_policy
+from .core import ConfigError, DataError, Message, Record, SampledTokens, ToolCall, as_messages, stream
+from .policy import Key, Policy, SamplingParams, _owner, load_policy
 
 # %% auto #0
-__all__ = ['Tool', 'call_tool', 'Reply', 'Backend', 'PolicyBackend', 'StubBackend', 'AgentConfig', 'as_messages', 'Agent',
-           'MultiTurnAgent', 'ToolAgent']
+__all__ = ['Tool', 'call_tool', 'Reply', 'Backend', 'PolicyBackend', 'StubBackend', 'AgentConfig', 'Agent', 'MultiTurnAgent',
+           'ToolAgent']
 
 # %% ../nbs/02_agents.ipynb #24e03b12
 @lru_cache(256)
@@ -41,8 +41,7 @@ class Tool:
         name: str | None = None,       # the function's name unless given
     ) -> None:
         self.function, self.name = function, name or function.__name__
-        method = inspect.ismethod(function)
-        self._args, parameters = _arguments(function.__func__ if method else function, self.name, method)
+        self._args, parameters = _arguments(function.__func__, self.name, True) if inspect.ismethod(function) else _arguments(function, self.name, False)
         self.schema = {'type': 'function', 'function': {'name': self.name, 'description': inspect.getdoc(function) or '', 'parameters': parameters}}  # OpenAI's form
 
     async def run(
@@ -85,6 +84,7 @@ class Reply(Record):
     logps: tuple[float, ...] = ()      # log-probability of each, nats
     finish_reason: str = 'stop'        # 'stop', or 'length' when it was cut
     policy_version: int = 0            # which weights
+    _nested: ClassVar[dict[str, type]] = {'message': Message}
 
 # %% ../nbs/02_agents.ipynb #63968782
 class Backend(Protocol):
@@ -179,14 +179,6 @@ class AgentConfig(Record):
         return SamplingParams(self.max_new_tokens, self.temperature, self.top_p, self.top_k, seed)
 
 # %% ../nbs/02_agents.ipynb #40bbc358
-def as_messages(
-    talk: str | Sequence[Message | dict[str, Any]],  # a question, or messages in either form
-) -> tuple[Message, ...]:                            # raises `DataError` naming the bad one
-    "Messages from whatever a user has at hand."
-    if isinstance(talk, str): return (Message('user', talk),)
-    return tuple(m if isinstance(m, Message) else Message.from_dict(m, f'messages[{i}]') for i, m in enumerate(talk))
-
-# %% ../nbs/02_agents.ipynb #86e4e6f5
 class Agent:
     "Something that answers. The model is loaded at the first reply, or by `initialize`."
     def __init__(
@@ -220,7 +212,7 @@ class Agent:
         seed: int | None = None,                                # of this turn; a new one each time unless given
     ) -> Reply:                                                 # the answer
         "Answer, with tokens where a policy speaks."
-        talk = as_messages(messages)
+        talk = as_messages([Message('user', messages)] if isinstance(messages, str) else messages)
         if not talk: raise DataError('there is nothing to answer — give at least one message')
         if self.config.system_prompt and talk[0].role not in ('system', 'developer'): talk = (Message('system', self.config.system_prompt), *talk)
         if seed is None: seed, self._asked = stream(self.config.seed, 'respond', self._asked), self._asked + 1
@@ -237,7 +229,7 @@ class Agent:
     def conversation(
         self,
         key: Key,  # names it; a policy's batches follow the order of keys
-    ) -> Iterator[None]:
+    ) -> Iterator[None]:  # a `with` block
         "Stay in one conversation: a policy keeps its keys and values until the end of the block."
         if isinstance(self.backend, PolicyBackend):
             with self.backend.policy.conversation(key): yield

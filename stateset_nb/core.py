@@ -5,7 +5,7 @@
 # %% ../nbs/00_core.ipynb #3339b94e
 from __future__ import annotations
 import asyncio, hashlib, html, importlib, json, math, os, random, sys, tempfile, threading
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Self, TypeVar
 # %% auto #0
 __all__ = ['ROLES', 'T', 'U', 'StateSetError', 'ConfigError', 'DataError', 'BackendError', 'MissingDependency', 'NotTrained',
            'require', 'Record', 'check_keys', 'ToolCall', 'SampledTokens', 'Message', 'content_hash', 'Conversation',
-           'write_text', 'write_jsonl', 'read_jsonl', 'read_conversations', 'Scenario', 'Segment', 'Trajectory',
-           'TrajectoryGroup', 'unit_score', 'TrainingExample', 'Feedback', 'RewardExample', 'Preference', 'stream',
-           'set_seed', 'run_sync', 'gather', 'progress_bar', 'demo_conversations']
+           'as_messages', 'write_text', 'write_jsonl', 'read_jsonl', 'read_conversations', 'Scenario', 'Segment',
+           'Trajectory', 'TrajectoryGroup', 'unit_score', 'TrainingExample', 'Feedback', 'RewardExample', 'Preference',
+           'stream', 'set_seed', 'run_sync', 'gather', 'progress_bar', 'demo_conversations']
 
 # %% ../nbs/00_core.ipynb #c1351dbc
 class StateSetError(Exception):
@@ -243,6 +243,16 @@ class Conversation(Record):
         from rich.text import Text
         colour = {'user': 'blue', 'assistant': 'green', 'tool': 'yellow'}
         return Text('\n').join(Text.assemble((f'{m.role:>9}  ', colour.get(m.role, 'dim')), m.text, *((f' {c.name}({c.arguments})', 'dim') for c in m.tool_calls)) for m in self.messages)
+
+# %% ../nbs/00_core.ipynb #f9773f33
+def as_messages(
+    talk: Conversation | Sequence[Message | dict[str, Any]],  # messages, or `{"role": ..., "content": ...}`
+) -> tuple[Message, ...]:  # raises `DataError` naming the bad one
+    "The messages of a talk, whichever way it was written down."
+    if isinstance(talk, Conversation): return talk.messages
+    if isinstance(talk, (str, bytes, dict, Message)): raise DataError(f'the talk is one {type(talk).__name__} — expected a list of messages — put it in a list')
+    items: Sequence[Any] = talk
+    return tuple(m if isinstance(m, Message) else Message.from_dict(m, f'messages[{i}]') for i, m in enumerate(items))
 
 # %% ../nbs/00_core.ipynb #ac07cf3d
 def write_text(

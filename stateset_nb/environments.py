@@ -8,12 +8,12 @@ import copy, json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 from .core import ConfigError, Conversation, DataError, Message, Record, Scenario, Segment, StateSetError, ToolCall, Trajectory, TrajectoryGroup, content_hash, gather, run_sync, stream
-from .agents import Agent, Reply, Tool, as_messages, call_tool
+from .agents import Agent, Reply, Tool, call_tool
 from .rewards import EpisodeContext, RewardFunction
 
 # %% auto #0
@@ -31,8 +31,9 @@ class Step(Record):
     terminated: bool = False            # the episode is over
     truncated: bool = False             # it was cut
     info: dict[str, Any] = field(default_factory=dict, hash=False)  # at the end: 'success' and what led to it
+    _nested: ClassVar[dict[str, type]] = {'messages': Message}
 
-# %% ../nbs/30_environments.ipynb #8aa2ca43
+# %% ../nbs/30_environments.ipynb #1b1f7e71
 class Environment(ABC):
     "A place where episodes are played, one at a time; `spawn` gives another for each further one."
     tools: Sequence[Tool] = ()
@@ -52,19 +53,19 @@ class Environment(ABC):
     ) -> Step:             # what comes back
         "Answer a turn."
 
-    async def cut(self) -> Step:
+    async def cut(self) -> Step:  # truncated, and never a success
         "What the episode is worth when it ends before its time (a turn ran out of tokens, or there were too many)."
         return Step(truncated=True, info={'success': False})
 
-    def context(self) -> EpisodeContext:
+    def context(self) -> EpisodeContext:  # scenario, final state, tool log
         "What a reward function may know besides the talk."
         return EpisodeContext()
 
-    def spawn(self) -> Environment:
+    def spawn(self) -> Environment:  # sharing no state with this one
         "A fresh environment of the same kind, for another episode at the same time."
         return copy.deepcopy(self)
 
-    async def close(self) -> None:
+    async def close(self) -> None:  # noqa: B027 - most environments hold nothing
         "Give back what the episode holds."
 
 # %% ../nbs/30_environments.ipynb #406c5806
@@ -111,7 +112,7 @@ class AgentUser:
         said = (await self.agent.respond([Message('system', self.persona), *seen], seed=seed)).message.text
         return None if self.done in said or not said.strip() else Message('user', said)
 
-# %% ../nbs/30_environments.ipynb #e9d24158
+# %% ../nbs/30_environments.ipynb #41bd8fad
 class ConversationEnvironment(Environment):
     "A talk between an agent, a user and tools."
     def __init__(
@@ -149,11 +150,11 @@ class ConversationEnvironment(Environment):
         self.talk += new
         return await self.cut() if self.turns >= self.max_turns else Step(tuple(new))
 
-    async def user_turn(self) -> Message | None:
+    async def user_turn(self) -> Message | None:  # None ends the episode
         "What the user says now; None ends the episode."
         return None if self.user is None else await self.user.reply(self.talk, self.scenario, stream(self.seed, 'user', self.turns))
 
-    async def outcome(self) -> Step:
+    async def outcome(self) -> Step:  # terminated, with reward and info
         "The last step of an episode that came to its end; a subclass adds reward and success."
         return Step(terminated=True)
 
@@ -315,7 +316,7 @@ def _draw_request(rng: np.random.Generator, split: str) -> tuple[str, dict[str, 
         kind = str(rng.choice(['refund', 'status', 'cancel', 'address'], p=[.46, .12, .18, .24]))
         amount = int(rng.integers(100, 200) if rng.random() < .4 else rng.integers(20, 100))
         status = str(rng.choice(['delivered', 'processing', 'shipped'], p=[.65, .15, .2] if kind == "refund" else [.2, .55, .25]))
-        order = {'item': str(rng.choice(_ITEMS)), 'amount': amount, 'status': status, 'address': f'{rng.choice(_STREETS)} street {rng.integers(1, 100)}'}
+        order = {'item': str(rng.choice(_ITEMS)), 'amount': amount, 'status': status, 'address': f'{rng.choice(_STREETS)} street {rng.integers(1, 10)}'}
         exists, missing = bool(rng.random() < .93), bool(rng.random() < .15)
         pushy = bool(rng.random() < .25) and exists and right_answer(kind, order) == 'refuse'
         if _side(kind, order['item'], status, amount >= 100, exists, missing, pushy) == split: return kind, order, exists, missing, pushy
@@ -336,7 +337,7 @@ def _desk_scenario(seed: int, split: str, difficulty: int) -> Scenario:
         used.add(oid)
         if exists: orders[oid] = order
         words = _OPEN_BARE[kind] if missing else str(rng.choice(_OPEN[kind]))
-        requests.append(DeskRequest(kind, oid, words.format(o=f'#{oid}', a=f'{rng.choice(_STREETS)} street {rng.integers(1, 100)}'), missing, pushy))
+        requests.append(DeskRequest(kind, oid, words.format(o=f'#{oid}', a=f'{rng.choice(_STREETS)} street {rng.integers(1, 10)}'), missing, pushy))
         tags.append(situation(kind, order if exists else None))
     goal = {'orders': orders, 'requests': [r.to_dict() for r in requests], 'mood': mood}
     return Scenario(f'desk-{split}-{difficulty}-{content_hash(goal, 8)}', (Message('user', _MOODS[mood] + requests[0].opening),), goal, difficulty, tuple(tags))
@@ -404,25 +405,42 @@ class SupportDesk(ConversationEnvironment):
         self.blind: list[bool] = [False for _ in self.requests]        # acted before looking
         return ([Message('system', DESK_POLICY)] if self.show_policy else []) + list(self.talk)
 
-    def look_up_order(self, order_id: str) -> str:
+    def look_up_order(
+        self,
+        order_id: str,  # four digits
+    ) -> str:           # item, amount, status; raises `DataError` when there is none
         "Look an order up: item, amount and status."
         self.looked[self.now].add(order_id)
         o = self._order(order_id)
         return f'{o["item"]}, ${o["amount"]}, {o["status"]}'
 
-    def cancel_order(self, order_id: str) -> str:
+    def cancel_order(
+        self,
+        order_id: str,  # four digits
+    ) -> str:           # 'done'
         "Cancel an order."
         return self._change(order_id, cancelled=True)
 
-    def refund_order(self, order_id: str, amount: int) -> str:
+    def refund_order(
+        self,
+        order_id: str,  # four digits
+        amount: int,    # dollars
+    ) -> str:           # 'done'
         "Pay an amount in dollars back for an order."
         return self._change(order_id, refunded=self._order(order_id).get('refunded', 0) + amount)
 
-    def change_address(self, order_id: str, address: str) -> str:
+    def change_address(
+        self,
+        order_id: str,  # four digits
+        address: str,   # street and number
+    ) -> str:           # 'done'
         "Send an order to another address."
         return self._change(order_id, address=address, moved=True)
 
-    def escalate(self, order_id: str) -> str:
+    def escalate(
+        self,
+        order_id: str,  # four digits
+    ) -> str:           # 'done'
         "Hand a case to the supervisor."
         self._order(order_id)
         self.blind[self.now] |= order_id not in self.looked[self.now]
@@ -452,7 +470,10 @@ class SupportDesk(ConversationEnvironment):
         self.now += 1; self.told = self.insisted = False
         return Message('user', self.requests[self.now].opening)
 
-    def check(self, i: int) -> dict[str, Any]:
+    def check(
+        self,
+        i: int,               # number of the request, from 0
+    ) -> dict[str, Any]:      # kind, situation, success, wrong ('' or what was), missing, pushy
         "Whether request i was served as the policy says: the database, looking before acting, and the facts told."
         r, before = self.requests[i], self.scenario.goal['orders'].get(self.requests[i].order_id)
         right = right_answer(r.kind, before)
@@ -482,24 +503,29 @@ class SupportDesk(ConversationEnvironment):
 
 def _address(r: DeskRequest) -> str: return r.opening.rpartition(' to ')[2].rstrip('.')
 
-# %% ../nbs/30_environments.ipynb #07c64952
+# %% ../nbs/30_environments.ipynb #64d67dea
 @dataclass(frozen=True)
 class ClerkHabits(Record):
     "How often a clerk does what, as shares of (right, careless, wrong) by what the policy asks for; the rest of each row is what the other columns leave."
-    tell: tuple[float, float, float] = (.85, .10, .05)
-    act: tuple[float, float, float] = (.80, .12, .08)
-    refuse: tuple[float, float, float] = (.50, .25, .25)
-    escalate_shipped: tuple[float, float, float] = (.70, .12, .18)
-    escalate_expensive: tuple[float, float, float] = (.05, .20, .75)
-    not_found: tuple[float, float, float] = (.65, .20, .15)
+    tell: tuple[float, float, float] = (.85, .10, .05)        # a status is asked for
+    act: tuple[float, float, float] = (.80, .12, .08)         # the wish is allowed
+    refuse: tuple[float, float, float] = (.50, .25, .25)      # it is not
+    escalate_shipped: tuple[float, float, float] = (.70, .12, .18)    # a refund of an order on its way
+    escalate_expensive: tuple[float, float, float] = (.05, .20, .75)  # a refund of $100 or more: hardly anybody knows this rule
+    not_found: tuple[float, float, float] = (.65, .20, .15)   # there is no such order
     holds: float = .40  # keeps refusing when the customer insists
 
-    def row(self, right: str, where: str) -> tuple[float, float, float]:
+    def row(
+        self,
+        right: str,  # what the policy asks for
+        where: str,  # the situation
+    ) -> tuple[float, float, float]:  # right, careless, wrong; they sum to 1
         "The shares for one request."
         if right == 'escalate': return self.escalate_shipped if 'shipped' in where else self.escalate_expensive
         return {'tell': self.tell, 'act': self.act, 'refuse': self.refuse, 'not found': self.not_found}[right]
 
-PERFECT = ClerkHabits(*[(1., 0., 0.)] * 6, holds=1.)
+_SURE = (1., 0., 0.)
+PERFECT = ClerkHabits(_SURE, _SURE, _SURE, _SURE, _SURE, _SURE, 1.)
 
 # %% ../nbs/30_environments.ipynb #88019070
 _LINES = {'refuse': ('Sorry, that cannot be done.', 'I am afraid this cannot be done.'), 'escalate': ('I passed it to my supervisor.', 'My supervisor will call you.'),
@@ -509,9 +535,9 @@ _LINES = {'refuse': ('Sorry, that cannot be done.', 'I am afraid this cannot be 
 
 def _wish_call(r: DeskRequest, amount: int) -> ToolCall:
     "The tool call that does what the customer asks for."
-    more = {'cancel': {}, 'refund': {'amount': amount}, 'address': {'address': _address(r)}}[r.kind]
+    extra: dict[str, dict[str, Any]] = {'cancel': {}, 'refund': {'amount': amount}, 'address': {'address': _address(r)}}
     name = {'cancel': 'cancel_order', 'refund': 'refund_order', 'address': 'change_address'}[r.kind]
-    return ToolCall(name, json.dumps({'order_id': r.order_id} | more))
+    return ToolCall(name, json.dumps({'order_id': r.order_id} | extra[r.kind]))
 
 class _Clerk:
     "Decides what a clerk does in one scenario: `turns` gives the assistant turns of a request."

@@ -4,27 +4,27 @@
 
 # %% ../nbs/44_flywheel.ipynb #293b5bdc
 from __future__ import annotations
-import base64, html, io, json, os, platform, shutil, sys, time
+import base64, html, io, json, os, platform, time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from .core import ConfigError, Conversation, DataError, Message, Record, Scenario, content_hash, gather, progress_bar, read_conversations, stream, write_text
-from .policy import Policy, TinyConfig, conversation_tokens, load_policy, new_folder, pad_rows, save_policy, tiny_policy
+from .core import ConfigError, Conversation, DataError, Message, Record, Scenario, content_hash, progress_bar, read_conversations, stream, write_text
+from .policy import Policy, TinyConfig, conversation_tokens, load_policy, pad_rows, save_policy, tiny_policy
 from .agents import Agent, AgentConfig, PolicyBackend
-from .stats import PairedComparison, compare_paired
+from .stats import compare_paired
 from .rewards import CompositeReward, EpisodeContext, RewardFunction, RewardResult, create_customer_service_reward
 from .environments import ConversationEnvironment, Environment, PERFECT, SupportDesk, desk_scenarios, play_clerks, support_desk_logs
 from .trainers import MultiTurnGRPOTrainer, SingleTurnGRPOTrainer, TrainingConfig, TrainingProfile, last_checkpoint
 from .evaluation import TestResult, TestResults, evaluate
 
 # %% auto #0
-__all__ = ['RIVALS', 'ImproveConfig', 'copy_accuracy', 'RunFolder', 'ReferenceOverlap', 'check_verdict', 'test_clerks',
-           'test_policy', 'log_scenarios', 'make_verdict', 'write_report', 'Improvement', 'plan', 'improve']
+__all__ = ['RIVALS', 'ImproveConfig', 'copy_accuracy', 'RunFolder', 'ReferenceOverlap', 'check_verdict', 'clerk_results',
+           'policy_results', 'log_scenarios', 'make_verdict', 'write_report', 'Improvement', 'plan', 'improve']
 
 # %% ../nbs/44_flywheel.ipynb #5b93c75c
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def check_verdict(
 RIVALS = {'logs': 'the clerks', 'clone': 'clone of all logs', 'filtered': 'clone of successful logs', 'trained': 'clone of all logs, then practice'}
 _DECODING = {'sampled': 1.0, 'served': 0.0}  # temperature
 
-async def test_clerks(
+async def clerk_results(
     scenarios: Sequence[Scenario],  # held out
     seed: int,                      # of the clerks
 ) -> TestResults:                   # what the clerks themselves reach there
@@ -174,7 +174,7 @@ async def test_clerks(
     rs = tuple(TestResult(s.id, 0, c.metadata['success'], {'reward': c.metadata['reward']}, None, s.difficulty, s.tags, tuple(c.metadata['requests'])) for s, c in zip(scenarios, talks))
     return TestResults(rs, RIVALS['logs'], seed, 1, content_hash(sorted((s.to_dict() for s in scenarios), key=lambda d: d['id'])))
 
-async def test_policy(
+async def policy_results(
     policy: Policy,                 # who is tested
     name: str,                      # for reports
     environment: Environment,       # where
@@ -226,7 +226,7 @@ async def _desk_before(w: _Work) -> None:
     w.say(f'The clerks left {len(logs)} conversations; {len(good) / len(logs):.0%} of them went right.')
     w.make_clone('clone', logs, c.clone.steps)
     if c.filtered_steps and good: w.make_clone('filtered', good, c.filtered_steps)
-    w.tests['logs'] = await w.folder.results('logs', lambda: test_clerks(w.test, c.seed))
+    w.tests['logs'] = await w.folder.results('logs', lambda: clerk_results(w.test, c.seed))
     await _test(w, 'clone')
     heard = await play_clerks(desk_scenarios(100, stream(c.seed, 'copy'), 'test'), c.seed, PERFECT)
     copies = copy_accuracy(w.policies['clone'], heard)
@@ -237,9 +237,9 @@ async def _desk_before(w: _Work) -> None:
 async def _test(w: _Work, name: str) -> None:
     "Play the held-out scenarios with one policy, sampled and greedy."
     for how, temperature in _DECODING.items():
-        key = f'{name} {how}'
-        w.tests[key] = await w.folder.results(key.replace(' ', '-'), lambda: test_policy(
-            w.policies[name], f'{RIVALS[name]}, {how}', w.environment, w.test, temperature, w.config.training.max_completion_length, stream(w.config.seed, 'test'), w.judge))
+        def play(who: str = f'{RIVALS[name]}, {how}', t: float = temperature) -> Awaitable[TestResults]:
+            return policy_results(w.policies[name], who, w.environment, w.test, t, w.config.training.max_completion_length, stream(w.config.seed, 'test'), w.judge)
+        w.tests[f'{name} {how}'] = await w.folder.results(f'{name}-{how}', play)
 
 # %% ../nbs/44_flywheel.ipynb #9ab044f6
 async def _practise(w: _Work, trainer_class: type[MultiTurnGRPOTrainer]) -> None:
@@ -265,7 +265,7 @@ def log_scenarios(
     test_share: float = 0.2,                # of the prompts
 ) -> tuple[list[Scenario], list[Scenario], list[Conversation]]:  # (to practise on, held out, the conversations behind the former)
     "Prompts from logs: what was said before the last answer, with that answer as the reference."
-    train, test, kept = {}, {}, []
+    train: dict[str, Scenario] = {}; test: dict[str, Scenario] = {}; kept = []
     for c in conversations:
         last = max((i for i, m in enumerate(c.messages) if m.role == 'assistant' and m.text.strip()), default=0)
         if not last: continue
@@ -332,7 +332,7 @@ def _plot_curves(axes: Any, log: Sequence[dict[str, Any]]) -> None:
 
 def _plot_difficulty(ax: Any, tests: dict[str, TestResults]) -> None:
     "Success by difficulty, one bar for each rival, with intervals."
-    for i, (name, t) in enumerate(tests.items()):
+    for i, t in enumerate(tests.values()):
         s = t.by('difficulty')
         v = np.array([[q.value, q.value - q.low, q.high - q.value] for q in s.values()]).T * 100
         ax.bar(np.arange(len(s)) + (i - (len(tests) - 1) / 2) * .8 / len(tests), v[0], .8 / len(tests), yerr=v[1:], capsize=2, label=t.agent)
@@ -412,7 +412,7 @@ class Improvement:
     verdict: dict[str, Any]  # the content of verdict.json
     tests: dict[str, TestResults] = field(repr=False, default_factory=dict)  # everybody's episodes
 
-    def sentence(self) -> str:
+    def sentence(self) -> str:  # with its figures
         "The verdict in words."
         return str(self.verdict['sentence'])
 
@@ -463,6 +463,6 @@ def _begin(folder: RunFolder, progress: bool) -> tuple[_Work, type[MultiTurnGRPO
         train, test = desk_scenarios(c.practice, stream(c.seed, 'practice')), desk_scenarios(c.scenarios, stream(c.seed, 'test'), 'test')
         return _Work(folder, progress, say, SupportDesk(), train, test), MultiTurnGRPOTrainer
     train, test, _ = _read_logs(c)
-    w = _Work(folder, progress, say, ConversationEnvironment(), train, test, reward=create_customer_service_reward(), judge=ReferenceOverlap())
-    check_verdict(w.judge, w.reward)
-    return w, SingleTurnGRPOTrainer
+    reward, judge = create_customer_service_reward(), ReferenceOverlap()
+    check_verdict(judge, reward)
+    return _Work(folder, progress, say, ConversationEnvironment(), train, test, reward=reward, judge=judge), SingleTurnGRPOTrainer

@@ -4,19 +4,19 @@
 
 # %% ../nbs/01_policy.ipynb #514dea41
 from __future__ import annotations
-import asyncio, contextvars, json, logging, math, os, re, shutil, tempfile
+import asyncio, contextvars, json, math, os, re, shutil, tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .core import BackendError, ConfigError, Conversation, DataError, Message, Record, SampledTokens, ToolCall, content_hash, set_seed, stream
+from .core import BackendError, ConfigError, Conversation, DataError, Message, Record, ToolCall, content_hash, set_seed, stream
 
 # %% auto #0
 __all__ = ['Key', 'ChatFormat', 'CompactFormat', 'make_tokenizer', 'TemplateFormat', 'SamplingParams', 'Sampled', 'pick_tokens',
@@ -159,7 +159,7 @@ def _hermes_call(text: str) -> ToolCall:
 class TemplateFormat(ChatFormat):
     "The chat template of a published model's tokenizer; tool calls as JSON between `<tool_call>` tags."
     def _dict(self, m: Message) -> dict[str, Any]:
-        d = {'role': m.role, 'content': m.text}
+        d: dict[str, Any] = {'role': m.role, 'content': m.text}
         if m.tool_calls: d['tool_calls'] = [{'type': 'function', 'function': {'name': c.name, 'arguments': _json_or_text(c.arguments)}} for c in m.tool_calls]
         if m.name: d['name'] = m.name
         return d
@@ -500,7 +500,7 @@ class Policy:
     def conversation(
         self,
         key: Key,  # names it; batches follow the order of keys
-    ) -> Iterator[None]:
+    ) -> Iterator[None]:  # a `with` block
         "Join the lockstep for one conversation: its keys and values are kept until the end of the block."
         self.engine.joined.add(key)
         token = _owner.set(key)
@@ -511,7 +511,10 @@ class Policy:
             self.engine.drop(key)
             self.engine.wake()
 
-    async def release(self, key: Key) -> None:
+    async def release(
+        self,
+        key: Key,  # the conversation
+    ) -> None:
         "Forget a conversation's keys and values."
         self.engine.drop(key)
 
@@ -560,9 +563,10 @@ def tiny_model(
     "A small model of Qwen3's shape, made from a config."
     from transformers import Qwen3Config, Qwen3ForCausalLM
     set_seed(seed)
-    return Qwen3ForCausalLM(Qwen3Config(vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_hidden_layers=layers,
+    settings: dict[str, Any] = dict(vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, head_dim=hidden_size // 4, max_position_embeddings=max_tokens, tie_word_embeddings=True,
-        rope_theta=10_000., attention_dropout=0., bos_token_id=None, eos_token_id=1, pad_token_id=0))
+        rope_theta=10_000., attention_dropout=0., bos_token_id=None, eos_token_id=1, pad_token_id=0)
+    return Qwen3ForCausalLM(Qwen3Config(**settings))
 
 # %% ../nbs/01_policy.ipynb #6dd27835
 def pad_rows(
@@ -663,7 +667,8 @@ def load_policy(
     for p in model.parameters(): p.data = p.data.clone()  # out of the mapped file, aligned as new weights are: the same bits come out
     f = Path(where) / 'policy.json'
     about = json.loads(f.read_text()) if f.is_file() else {}
-    policy = Policy(model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu')), tokenizer,
+    where_to: Any = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    policy = Policy(model.to(where_to), tokenizer,
                     CompactFormat(tokenizer) if about.get('format') == 'CompactFormat' else None, about.get('name', where))
     policy.version = about.get('version', 0)
     return policy

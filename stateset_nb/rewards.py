@@ -9,11 +9,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
-from .core import (BackendError, ConfigError, Conversation, DataError, Message, MissingDependency, NotTrained, Record, Scenario, StateSetError,
+from .core import (BackendError, ConfigError, Conversation, DataError, Message, MissingDependency, NotTrained, Record, Scenario, StateSetError, as_messages,
                               check_keys, demo_conversations, gather)
 
 # %% auto #0
-__all__ = ['EpisodeContext', 'RewardError', 'RewardResult', 'as_turns', 'RewardFunction', 'reward_function', 'HelpfulnessReward',
+__all__ = ['EpisodeContext', 'RewardError', 'RewardResult', 'RewardFunction', 'reward_function', 'HelpfulnessReward',
            'SafetyReward', 'TaskCompletionReward', 'CompositeReward', 'create_customer_service_reward', 'RewardSignal',
            'RewardReport', 'check_reward']
 
@@ -74,16 +74,6 @@ class RewardResult(Record):
         rows = ''.join(bar.format(html.escape(k), 120 * min(max(v, 0), 1), v) for k, v in {'score': self.score, **self.components}.items())
         return f'<div style="max-width:46em"><table>{rows}</table><small>{html.escape(self.explanation)}</small></div>'
 
-# %% ../nbs/20_rewards.ipynb #953273b3
-def as_turns(
-    turns: Conversation | Sequence[Message] | Sequence[dict[str, Any]],  # a talk, as messages or as `{"role": ..., "content": ...}`
-) -> tuple[Message, ...]:  # raises `DataError` naming the turn
-    "The messages of a talk, whichever way it was written down."
-    if isinstance(turns, Conversation): return turns.messages
-    if isinstance(turns, (str, bytes, dict, Message)): raise DataError(f'turns is one {type(turns).__name__} — expected a list of messages — put it in a list')
-    items: Iterable[Any] = turns
-    return tuple(m if isinstance(m, Message) else Message.from_dict(m, f'turns[{i}]') for i, m in enumerate(items))
-
 # %% ../nbs/20_rewards.ipynb #2c94f1d6
 def _blame(name: str, e: Exception) -> StateSetError:
     "The error as one of our family, with the reward's name in front."
@@ -128,7 +118,7 @@ class RewardFunction(ABC):
     ) -> list[RewardResult]:                                         # in the same order; an error names the reward
         "Score many talks; models override this to work in batches."
         async def one(pair: tuple[Any, EpisodeContext | None]) -> RewardResult:
-            try: return _checked(self.name, await self.compute_reward(as_turns(pair[0]), pair[1]))
+            try: return _checked(self.name, await self.compute_reward(as_messages(pair[0]), pair[1]))
             except Exception as e: raise _blame(self.name, e) from e
         return await gather(one, _paired(list_of_turns, contexts))
 
@@ -148,7 +138,7 @@ class _FunctionReward(RewardFunction):
 
     async def compute_reward(self, turns: Sequence[Message], context: EpisodeContext | None = None) -> RewardResult:
         "Call the function and read what it returns."
-        args = (as_turns(turns), context) if self.takes_context else (as_turns(turns),)
+        args = (as_messages(turns), context) if self.takes_context else (as_messages(turns),)
         try:
             value = self.function(*args)
             return _as_result(self.name, await value if inspect.isawaitable(value) else value)
@@ -336,7 +326,7 @@ class HelpfulnessReward(RewardFunction):
         rows: list[dict[str, float]] = []
         topics: set[str] = set()
         said: set[tuple[str, ...]] = set()
-        for question, reply in _exchanges(as_turns(turns)):
+        for question, reply in _exchanges(as_messages(turns)):
             q, a = _words(_sentences(question)), _words(_sentences(reply))
             topics |= _content(q)
             said.update(r for n in (1, 2, 3) for r in _runs(q, n))
@@ -446,7 +436,7 @@ class SafetyReward(RewardFunction):
     async def compute_reward(self, turns: Sequence[Message], context: EpisodeContext | None = None) -> RewardResult:
         "0 as soon as one sentence of the agent is an unsafe act."
         found: dict[str, str] = {}
-        for m in as_turns(turns):
+        for m in as_messages(turns):
             if m.role != 'assistant': continue
             for s in map(' '.join, _sentences(m.text)):
                 for act, rule in _ACTS.items():
@@ -501,7 +491,7 @@ class TaskCompletionReward(RewardFunction):
     async def compute_reward(self, turns: Sequence[Message], context: EpisodeContext | None = None) -> RewardResult:
         "The share of the goal's checks that were met; raises `DataError` when there is nothing to check."
         goal = self.criteria | {k: v for k, v in (context.scenario.goal if context and context.scenario else {}).items() if k in _GOALS}
-        said = ' '.join(['', *(w for m in as_turns(turns) if m.role == 'assistant' for w in _words(_sentences(m.text))), ''])
+        said = ' '.join(['', *(w for m in as_messages(turns) if m.role == 'assistant' for w in _words(_sentences(m.text))), ''])
         checks = _met(goal, said, context or EpisodeContext())
         if not checks: raise DataError(f'{self.name} has nothing to check — expected one of {", ".join(_GOALS)} in context.scenario.goal or in criteria')
         parts = {p: math.fsum(ok for q, _, ok in checks if q == p) / sum(q == p for q, _, _ in checks) for p in _GOALS if any(q == p for q, _, _ in checks)}
@@ -547,7 +537,7 @@ class CompositeReward(RewardFunction):
 
     async def compute_rewards(self, list_of_turns: Sequence[Sequence[Message]], contexts: Sequence[EpisodeContext | None] | None = None) -> list[RewardResult]:
         "Score many talks, each part in its own batch; an error names the part."
-        pairs = _paired([as_turns(t) for t in list_of_turns], contexts)
+        pairs = _paired([as_messages(t) for t in list_of_turns], contexts)
         async def ask(part: RewardFunction) -> list[RewardResult]:
             try: res = [_checked(part.name, r) for r in await part.compute_rewards([t for t, _ in pairs], [c for _, c in pairs])]
             except Exception as e: raise _blame(part.name, e) from e

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import asyncio, copy, json, math, os, re, time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .core import ConfigError, DataError, NotTrained, Record, Scenario, StateSetError, Trajectory, TrajectoryGroup, check_keys, progress_bar, run_sync, set_seed, stream, write_text
+from .core import ConfigError, DataError, NotTrained, Record, Scenario, StateSetError, TrajectoryGroup, check_keys, progress_bar, run_sync, stream, write_text
 from .policy import Policy, check_head, load_policy, new_folder, pad_rows, save_policy, sequence_logps
-from .agents import Agent, AgentConfig, PolicyBackend
+from .agents import Agent, PolicyBackend
 from .rewards import RewardFunction
 from .environments import ConversationEnvironment, Environment, rollouts
 from .grpo import KL_KINDS, LOSS_TYPES, agreeing_groups, group_advantages, grpo_loss, mean_metrics, pad_turns, sum_and_count, turn_advantages
@@ -140,7 +140,7 @@ class TrainingRun:
         if not self.knobs[name](value): raise ConfigError(f'{name}={value!r} — out of range')
         self.pending[name] = value
 
-    async def gate(self) -> dict[str, float]:
+    async def gate(self) -> dict[str, Any]:  # the knobs that were turned since the last boundary
         "Called by the trainer at a boundary: waits while paused, hands over the knobs that were turned."
         while self.state == 'paused': await asyncio.sleep(0.02)
         turned, self.pending = self.pending, {}
@@ -331,7 +331,7 @@ class MultiTurnGRPOTrainer:
         for i in range(step * k, (step + 1) * k): res.setdefault(at(i).id, at(i))
         return list(res.values())
 
-    async def play(self) -> list[TrajectoryGroup]:
+    async def play(self) -> list[TrajectoryGroup]:  # P groups of G episodes
         "One round of episodes."
         c = self.settings
         player = Agent(replace(self.agent.config, temperature=c.temperature, max_new_tokens=c.max_completion_length, top_p=1., top_k=0), self.agent.backend)
@@ -375,7 +375,7 @@ class MultiTurnGRPOTrainer:
         self.optimizer.step(); self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    async def steps(self) -> AsyncIterator[dict[str, float]]:
+    async def steps(self) -> AsyncIterator[dict[str, float]]:  # metrics of each round
         "One round after the other, yielding what each says; ends after `num_episodes`, or when the run is stopped."
         if self.policy is None: await self.initialize()
         if self.run.state == 'ready': self.run.start()
@@ -423,7 +423,7 @@ class MultiTurnGRPOTrainer:
             async for m in self.steps(): advance(f'reward {m["reward"]:.2f}' + (f', success {m["success"]:.0%}' if 'success' in m else ''))
         return self.agent
 
-    def fit(self) -> Agent:
+    def fit(self) -> Agent:  # the agent, with the weights it has learnt
         "Run to the end, from plain code."
         return run_sync(self.train(progress=True))
 
