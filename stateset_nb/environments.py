@@ -19,8 +19,8 @@ from .rewards import EpisodeContext, RewardFunction
 # %% auto #0
 __all__ = ['DESK_POLICY', 'PERFECT', 'Step', 'Environment', 'SimulatedUser', 'ScriptedUser', 'AgentUser',
            'ConversationEnvironment', 'rollout', 'rollouts', 'rollout_group', 'right_answer', 'situation',
-           'DeskRequest', 'desk_scenarios', 'SupportDesk', 'ClerkHabits', 'play_clerks', 'support_desk_logs',
-           'check_environment']
+           'DeskRequest', 'desk_scenarios', 'OrderBook', 'check_request', 'SupportDesk', 'ClerkHabits', 'play_clerks',
+           'support_desk_logs', 'check_environment']
 
 # %% ../nbs/30_environments.ipynb #54a914f2
 @dataclass(frozen=True)
@@ -358,59 +358,33 @@ def desk_scenarios(
     return list(res.values())
 
 # %% ../nbs/30_environments.ipynb #ec073703
-_STATUS = ('processing', 'shipped', 'delivered')
-_WISH = {'cancel': 'cancelled', 'refund': 'refunded', 'address': 'moved'}
-_DONE = {'cancel': 'is cancelled', 'refund': 'is refunded', 'address': 'will go to'}
-_FACT = {'refuse': 'cannot', 'escalate': 'supervisor', 'not found': 'not found'}
-
-def _told_right(kind: str, right: str, status: str, address: str, replies: Sequence[str]) -> bool:
-    "Whether the customer heard the one fact that matters, last and alone: no list of every possible answer, no flood of words."
-    said = status if right == 'tell' else _DONE[kind] if right == 'act' else _FACT[right]
-    fact = f'{said} {address}' if right == 'act' and kind == 'address' else said
-    others = {*_DONE.values(), *_FACT.values(), *(_STATUS if right == 'tell' else ())} - {said}
-    every = ' '.join(replies).lower()
-    return bool(replies) and fact in replies[-1].lower() and not any(o in every for o in others) and len(every.split()) <= 60
-
-class SupportDesk(ConversationEnvironment):
-    "A support desk with an order database, five tools, a written policy and customers of several moods."
+class OrderBook:
+    "An order database with the five tools of a clerk, and a memory of how they were used."
     def __init__(
         self,
-        show_policy: bool = False,  # put the written policy before each talk, for models that can read it
-        all_right: float = 0.5,     # part of the reward given only when every request is right, 0..1
-        max_turns_each: int = 6,    # turns of the agent for each request before the talk is cut
+        orders: dict[str, dict[str, Any]],  # number -> item, amount (dollars), status, address
     ) -> None:
-        super().__init__()
-        self.show_policy, self.all_right, self.max_turns_each = show_policy, all_right, max_turns_each
-        self._bind()
-
-    def _bind(self) -> None:
+        self.orders = {k: dict(v) for k, v in orders.items()}
+        self.looked: set[str] = set()     # orders that were looked up
+        self.blind: set[str] = set()      # orders that were acted on before
+        self.escalated: list[str] = []    # orders handed to the supervisor
         self.tools = [Tool(f) for f in (self.look_up_order, self.cancel_order, self.refund_order, self.change_address, self.escalate)]
 
-    def spawn(self) -> Environment:
-        "A desk of its own for another episode."
-        return SupportDesk(self.show_policy, self.all_right, self.max_turns_each)
+    def _order(self, order_id: str) -> dict[str, Any]:
+        if order_id not in self.orders: raise DataError(f'order {order_id} not found')
+        return self.orders[order_id]
 
-    async def reset(self, scenario: Scenario, seed: int) -> list[Message]:
-        "Open the desk with the scenario's orders."
-        if 'requests' not in scenario.goal: raise DataError(f'scenario {scenario.id} is not of the support desk — make some with desk_scenarios(n, seed)')
-        await super().reset(scenario, seed)
-        self.requests = [DeskRequest.from_dict(r) for r in scenario.goal['requests']]
-        self.orders: dict[str, dict[str, Any]] = {k: dict(v) for k, v in scenario.goal['orders'].items()}
-        self.escalated: list[str] = []
-        self.max_turns = self.max_turns_each * len(self.requests)
-        self.now = 0                                    # the request being served
-        self.told = self.insisted = False               # whether a missing number was given; whether the customer insisted
-        self.said: list[list[str]] = [[] for _ in self.requests]       # what the customer was told about each, once the number was known
-        self.looked: list[set[str]] = [set() for _ in self.requests]   # orders looked up while serving each
-        self.blind: list[bool] = [False for _ in self.requests]        # acted before looking
-        return ([Message('system', DESK_POLICY)] if self.show_policy else []) + list(self.talk)
+    def _change(self, order_id: str, **new: Any) -> str:
+        self._order(order_id).update(new)
+        if order_id not in self.looked: self.blind.add(order_id)
+        return 'done'
 
     def look_up_order(
         self,
         order_id: str,  # four digits
     ) -> str:           # item, amount, status; raises `DataError` when there is none
         "Look an order up: item, amount and status."
-        self.looked[self.now].add(order_id)
+        self.looked.add(order_id)
         o = self._order(order_id)
         return f'{o["item"]}, ${o["amount"]}, {o["status"]}'
 
@@ -442,19 +416,64 @@ class SupportDesk(ConversationEnvironment):
         order_id: str,  # four digits
     ) -> str:           # 'done'
         "Hand a case to the supervisor."
-        self._order(order_id)
-        self.blind[self.now] |= order_id not in self.looked[self.now]
+        self._change(order_id)
         self.escalated.append(order_id)
         return 'done'
 
-    def _order(self, order_id: str) -> dict[str, Any]:
-        if order_id not in self.orders: raise DataError(f'order {order_id} not found')
-        return self.orders[order_id]
+# %% ../nbs/30_environments.ipynb #b590a118
+_STATUS = ('processing', 'shipped', 'delivered')
+_WISH = {'cancel': 'cancelled', 'refund': 'refunded', 'address': 'moved'}
+_DONE = {'cancel': 'is cancelled', 'refund': 'is refunded', 'address': 'will go to'}
+_FACT = {'refuse': 'cannot', 'escalate': 'supervisor', 'not found': 'not found'}
 
-    def _change(self, order_id: str, **new: Any) -> str:
-        self._order(order_id).update(new)
-        self.blind[self.now] |= order_id not in self.looked[self.now]
-        return 'done'
+def _address(r: DeskRequest) -> str: return r.opening.rpartition(' to ')[2].rstrip('.')
+
+def _told_right(r: DeskRequest, right: str, status: str, replies: Sequence[str]) -> bool:
+    "Whether the customer heard the one fact that matters, last and alone: no list of every possible answer, no flood of words."
+    said = status if right == 'tell' else _DONE[r.kind] if right == 'act' else _FACT[right]
+    fact = f'{said} {_address(r)}' if right == 'act' and r.kind == 'address' else said
+    others = {*_DONE.values(), *_FACT.values(), *(_STATUS if right == 'tell' else ())} - {said}
+    every = ' '.join(replies).lower()
+    return bool(replies) and fact in replies[-1].lower() and not any(o in every for o in others) and len(every.split()) <= 60
+
+# %% ../nbs/30_environments.ipynb #7ad479cb
+def check_request(
+    r: DeskRequest,                  # the wish
+    before: dict[str, Any] | None,   # the order as it was; None when there is no such order
+    book: OrderBook,                 # the order book as it is
+    replies: Sequence[str],          # what the customer was told, once the number was known
+) -> dict[str, Any]:                 # kind, situation, success, wrong ('' or 'database', 'looked up', 'answer'), missing, pushy
+    "Whether one request was served as the policy says."
+    right, want = right_answer(r.kind, before), None if before is None else dict(before)
+    if right == 'act' and want is not None:
+        want |= {'cancel': {'cancelled': True}, 'refund': {'refunded': want['amount']}, 'address': {'address': _address(r), 'moved': True}}[r.kind]
+    wrong = ('database' if book.orders.get(r.order_id) != want or (r.order_id in book.escalated) != (right == 'escalate') else
+             'looked up' if r.order_id not in book.looked or r.order_id in book.blind else
+             'answer' if not _told_right(r, right, (before or {}).get('status', ''), replies) else '')
+    return {'kind': r.kind, 'situation': situation(r.kind, before), 'success': not wrong, 'wrong': wrong, 'missing': r.missing, 'pushy': r.pushy}
+
+# %% ../nbs/30_environments.ipynb #c5858325
+class SupportDesk(ConversationEnvironment):
+    "A support desk with an order book, a written policy and customers of several moods."
+    def __init__(
+        self,
+        show_policy: bool = False,  # put the written policy before each talk, for models that can read it
+        all_right: float = 0.5,     # part of the reward given only when every request is right, 0..1
+        max_turns_each: int = 6,    # turns of the agent for each request before the talk is cut
+    ) -> None:
+        super().__init__(tools=OrderBook({}).tools)
+        self.show_policy, self.all_right, self.max_turns_each = show_policy, all_right, max_turns_each
+
+    async def reset(self, scenario: Scenario, seed: int) -> list[Message]:
+        "Open the desk with the scenario's orders."
+        if 'requests' not in scenario.goal: raise DataError(f'scenario {scenario.id} is not of the support desk — make some with desk_scenarios(n, seed)')
+        await super().reset(scenario, seed)
+        self.requests = [DeskRequest.from_dict(r) for r in scenario.goal['requests']]
+        self.book = OrderBook(scenario.goal['orders'])
+        self.tools, self.max_turns = self.book.tools, self.max_turns_each * len(self.requests)
+        self.now, self.told, self.insisted = 0, False, False   # the request being served; was its missing number given; did the customer insist
+        self.said: list[list[str]] = [[] for _ in self.requests]
+        return ([Message('system', DESK_POLICY)] if self.show_policy else []) + list(self.talk)
 
     async def user_turn(self) -> Message | None:
         "The customer gives a missing number, insists, goes on to the next wish, or leaves."
@@ -463,45 +482,30 @@ class SupportDesk(ConversationEnvironment):
             self.told = True
             return Message('user', f'It is #{r.order_id}.')
         self.said[self.now].append(self.talk[-1].text)
-        if r.pushy and not self.insisted and not self.orders.get(r.order_id, {}).get(_WISH.get(r.kind, '')):
+        if r.pushy and not self.insisted and not self.book.orders.get(r.order_id, {}).get(_WISH.get(r.kind, '')):
             self.insisted = True
             return Message('user', 'No! Do it anyway!')
         if self.now + 1 == len(self.requests): return None
-        self.now += 1; self.told = self.insisted = False
+        self.now, self.told, self.insisted = self.now + 1, False, False
         return Message('user', self.requests[self.now].opening)
 
-    def check(
-        self,
-        i: int,               # number of the request, from 0
-    ) -> dict[str, Any]:      # kind, situation, success, wrong ('' or what was), missing, pushy
-        "Whether request i was served as the policy says: the database, looking before acting, and the facts told."
-        r, before = self.requests[i], self.scenario.goal['orders'].get(self.requests[i].order_id)
-        right = right_answer(r.kind, before)
-        want = None if before is None else dict(before)
-        if right == 'act' and want is not None:
-            want |= {'cancel': {'cancelled': True}, 'refund': {'refunded': want['amount']}, 'address': {'address': _address(r), 'moved': True}}[r.kind]
-        why = ('database' if self.orders.get(r.order_id) != want or (r.order_id in self.escalated) != (right == 'escalate') else
-               'looked up' if r.order_id not in self.looked[i] or self.blind[i] else
-               'answer' if not _told_right(r.kind, right, (before or {}).get('status', ''), _address(r), self.said[i]) else '')
-        return {'kind': r.kind, 'situation': situation(r.kind, before), 'success': not why, 'wrong': why, 'missing': r.missing, 'pushy': r.pushy}
-
     async def outcome(self) -> Step:
-        "Reward: a part for each right request, and the rest when all of them are."
-        rows = [self.check(i) for i in range(len(self.requests))]
-        stray = any(o != self.scenario.goal['orders'].get(k) for k, o in self.orders.items() if k not in {r.order_id for r in self.requests})
+        "Check every request, and that no other order was touched."
+        was = self.scenario.goal['orders']
+        rows = [check_request(r, was.get(r.order_id), self.book, said) for r, said in zip(self.requests, self.said)]
+        stray = any(o != was.get(k) for k, o in self.book.orders.items() if k not in {r.order_id for r in self.requests})
         share, whole = float(np.mean([r['success'] for r in rows])), all(r['success'] for r in rows) and not stray
         return Step(reward=(1 - self.all_right) * share + self.all_right * whole, terminated=True, info={'success': whole, 'requests': rows})
 
     async def cut(self) -> Step:
         "A talk that is cut is no success; what was right so far still counts."
         end = await self.outcome()
-        return replace(end, terminated=False, truncated=True, reward=(1 - self.all_right) * float(np.mean([r['success'] for r in end.info['requests']])), info=end.info | {'success': False})
+        share = float(np.mean([r['success'] for r in end.info['requests']]))
+        return Step(reward=(1 - self.all_right) * share, truncated=True, info=end.info | {'success': False})
 
     def context(self) -> EpisodeContext:
         "Scenario, database and tool log."
-        return EpisodeContext(self.scenario, {'orders': self.orders, 'escalated': list(self.escalated)}, tuple(self.log))
-
-def _address(r: DeskRequest) -> str: return r.opening.rpartition(' to ')[2].rstrip('.')
+        return EpisodeContext(self.scenario, {'orders': self.book.orders, 'escalated': list(self.book.escalated)}, tuple(self.log))
 
 # %% ../nbs/30_environments.ipynb #64d67dea
 @dataclass(frozen=True)
