@@ -4,7 +4,7 @@
 
 # %% ../nbs/32_trainers.ipynb #0497fb08
 from __future__ import annotations
-import asyncio, copy, json, math, os, re, time
+import asyncio, copy, json, math, os, re, shutil, time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
@@ -24,7 +24,8 @@ from .grpo import KL_KINDS, LOSS_TYPES, agreeing_groups, group_advantages, grpo_
 
 # %% auto #0
 __all__ = ['TrainingConfig', 'TrainingProfile', 'TrainingRun', 'Row', 'credit', 'make_rows', 'micro_batches', 'backward',
-           'play_metrics', 'last_checkpoint', 'TrainerCallback', 'MultiTurnGRPOTrainer', 'SingleTurnGRPOTrainer']
+           'play_metrics', 'last_checkpoint', 'TrainerCallback', 'pick_scenarios', 'learning_rate_at', 'learn',
+           'RunLog', 'MultiTurnGRPOTrainer', 'SingleTurnGRPOTrainer']
 
 # %% ../nbs/32_trainers.ipynb #b9572998
 @dataclass(frozen=True)
@@ -284,148 +285,112 @@ class TrainerCallback(Protocol):
         "Called after each round."
         ...
 
-# %% ../nbs/32_trainers.ipynb #09edfdbe
-class MultiTurnGRPOTrainer:
-    "GRPO over whole conversations."
-    single_turn = False
+# %% ../nbs/32_trainers.ipynb #afd3be4a
+def pick_scenarios(
+    scenarios: Sequence[Scenario],  # all there are to train on
+    step: int,                      # the round, from 0
+    config: TrainingConfig,         # `prompts_per_step` and `seed`
+) -> list[Scenario]:                # those of the round, each once
+    "The scenarios of a round."
+    n, k = len(scenarios), config.prompts_per_step
+    def at(i: int) -> Scenario: return scenarios[np.random.default_rng(stream(config.seed, 'order', i // n)).permutation(n)[i % n]]
+    return list({s.id: s for s in (at(i) for i in range(step * k, (step + 1) * k))}.values())
 
+# %% ../nbs/32_trainers.ipynb #01afb18b
+def learning_rate_at(
+    step: int,               # the round, from 0
+    config: TrainingConfig,  # the schedule
+) -> float:                  # of AdamW in that round
+    "The learning rate of a round: warm-up, then the schedule."
+    left = 1 - step / config.num_episodes
+    shape = {'constant': 1., 'linear': left, 'cosine': .5 - .5 * math.cos(math.pi * left)}[config.lr_scheduler_type]
+    return config.learning_rate * shape * (min(1., (step + 1) / config.warmup_steps) if config.warmup_steps else 1.)
+
+def _move(policy: Policy, optimizer: torch.optim.Optimizer, rate: float, max_norm: float) -> float:
+    "One optimizer step; the gradient's length before it was shortened."
+    for p in policy.model.parameters():
+        if p.grad is None and p.requires_grad: p.grad = torch.zeros_like(p)  # rows that were skipped have a gradient of zero, not none
+    for g in optimizer.param_groups: g['lr'] = rate
+    norm = float(nn.utils.clip_grad_norm_(policy.model.parameters(), max_norm))
+    if not math.isfinite(norm): raise StateSetError(f'the gradient is {norm} — weights or rewards are broken — go back to the last checkpoint with a smaller learning_rate')
+    optimizer.step(); optimizer.zero_grad(set_to_none=True)
+    return norm
+
+# %% ../nbs/32_trainers.ipynb #c2afe105
+def learn(
+    policy: Policy,                      # its weights are moved
+    reference: Policy | None,            # for the KL term
+    optimizer: torch.optim.Optimizer,    # over the policy's weights
+    groups: Sequence[TrajectoryGroup],   # the episodes of a round
+    config: TrainingConfig,              # the loss
+    step: int = 0,                       # the round, from 0; for the schedule
+) -> dict[str, float]:                   # loss, gradient, distances
+    "Move the weights by what the siblings' comparison says."
+    rows = [r for r in make_rows(groups, config) if any(r.mask)]
+    n_sequences, n_tokens = max(len(rows), 1), max(sum(sum(r.mask) for r in rows), 1)
+    todo = [r for r in rows if config.beta or any(r.advantages)]
+    old: dict[int, Tensor] = {}
+    res: dict[str, float] = {}
+    policy.model.train()
+    for it in range(config.num_iterations):
+        parts, total = [], 0.
+        for batch in micro_batches(todo, config.micro_batch_tokens):
+            loss, metrics, logps = backward(policy, batch, [old[id(r)] for r in batch] if it else None, reference, config, n_sequences, n_tokens)
+            if not it: old.update({id(r): lp for r, lp in zip(batch, logps)})
+            parts.append(metrics); total += loss
+        res = mean_metrics(parts) | {'loss': total, 'grad_norm': _move(policy, optimizer, learning_rate_at(step, config), config.max_grad_norm)}
+    policy.model.eval(); policy.updated()
+    return res
+
+# %% ../nbs/32_trainers.ipynb #af7f5602
+class RunLog:
+    "The files of a run."
     def __init__(
         self,
-        agent: Agent,                             # with a local policy; its weights are changed
-        environment: Environment,                 # where it plays
-        reward_fn: RewardFunction | None = None,  # asked once at the end of each episode, added to the environment's own reward
-        config: TrainingConfig | None = None,     # the settings
-        *,
-        scenarios: Sequence[Scenario] | None = None,  # to train on; the environment's own unless given
-        evaluate: Callable[[Agent], Awaitable[dict[str, float]]] | None = None,  # held-out success, called every `eval_steps`
-        callbacks: Sequence[TrainerCallback] = (),    # told after each round
-        run: TrainingRun | None = None,               # to pause, stop and turn knobs
-        output_dir: str | os.PathLike[str] | None = None,  # where metrics, trajectories and checkpoints go; nowhere unless given
+        folder: str | os.PathLike[str],  # made if it is not there
     ) -> None:
-        self.agent, self.environment, self.reward_fn, self.config = agent, environment, reward_fn, config or TrainingConfig()
-        self.scenarios = list(scenarios) if scenarios is not None else list(environment.scenarios) if isinstance(environment, ConversationEnvironment) else []
-        if not self.scenarios: raise ConfigError('no scenarios to train on — give scenarios=[...], or an environment that has some')
-        self.evaluate, self.callbacks, self.run = evaluate, list(callbacks), run or TrainingRun()
-        self.output_dir = Path(output_dir) if output_dir is not None else None
-        self.step = 0                        # rounds done
-        self.settings = self.config          # the config with knobs turned
-        self.policy: Policy | None = None    # after `initialize`
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def write(
+        self,
+        step: int,                          # rounds done
+        metrics: dict[str, float],          # of the round
+        groups: Sequence[TrajectoryGroup],  # its episodes; the first of each is kept
+    ) -> None:
+        "Add a round."
+        with open(self.folder / 'metrics.jsonl', 'a', encoding='utf-8') as f: f.write(json.dumps({'schema': 1, 'step': step} | metrics) + '\n')
+        with open(self.folder / 'trajectories.jsonl', 'a', encoding='utf-8') as f:
+            f.writelines(json.dumps({'step': step} | g.trajectories[0].to_dict(), ensure_ascii=False) + '\n' for g in groups)
+
+    def keep(
+        self,
+        step: int,  # rounds up to this one stay
+    ) -> None:
+        "Drop later rounds, and a line that was cut."
+        for f in (self.folder / 'metrics.jsonl', self.folder / 'trajectories.jsonl'):
+            if f.is_file(): write_text(f, ''.join(l for l in f.read_text(encoding='utf-8').splitlines(keepends=True) if l.endswith('\n') and json.loads(l)['step'] <= step))
+
+    def prune(
+        self,
+        limit: int,  # checkpoints that stay, the newest
+    ) -> None:
+        "Remove old checkpoints."
+        for p in sorted(self.folder.glob('checkpoint-*'), key=lambda p: int(p.name.split('-')[1]))[:-limit]: shutil.rmtree(p)
+
+# %% ../nbs/32_trainers.ipynb #09edfdbe
+class _Resumable:
+    "A trainer's checkpoints."
+    agent: Agent; config: TrainingConfig; settings: TrainingConfig; step: int; log: RunLog | None
+    policy: Policy | None; reference: Policy | None; optimizer: torch.optim.Optimizer
 
     async def initialize(self) -> None:
         "Load the policy, and make optimizer and reference."
         await self.agent.initialize()
-        policy = self.agent.policy
+        policy, c = self.agent.policy, self.config
         check_head(policy)
-        c = self.config
         self.policy, self.reference = policy, Policy(copy.deepcopy(policy.model), policy.tokenizer, policy.format, 'reference') if c.beta else None
         self.optimizer = torch.optim.AdamW(policy.model.parameters(), c.learning_rate, weight_decay=c.weight_decay)
-
-    def pick(
-        self,
-        step: int,          # the round, from 0
-    ) -> list[Scenario]:    # `prompts_per_step` of them; every scenario comes once before any comes twice
-        "The scenarios of a round, a function of seed and step alone."
-        n, k = len(self.scenarios), self.config.prompts_per_step
-        def at(i: int) -> Scenario: return self.scenarios[np.random.default_rng(stream(self.config.seed, 'order', i // n)).permutation(n)[i % n]]
-        res: dict[str, Scenario] = {}
-        for i in range(step * k, (step + 1) * k): res.setdefault(at(i).id, at(i))
-        return list(res.values())
-
-    async def play(self) -> list[TrajectoryGroup]:  # P groups of G episodes
-        "One round of episodes."
-        c = self.settings
-        player = Agent(replace(self.agent.config, temperature=c.temperature, max_new_tokens=c.max_completion_length, top_p=1., top_k=0), self.agent.backend)
-        return await rollouts(player, self.environment, self.pick(self.step), c.num_generations, stream(c.seed, 'step', self.step), self.reward_fn, c.rollout_limit, max_turns=1 if self.single_turn else c.max_turns)
-
-    def learn(
-        self,
-        groups: Sequence[TrajectoryGroup],  # the episodes of a round
-    ) -> dict[str, float]:                  # loss, gradient and distances
-        "Move the weights by what the siblings' comparison says."
-        if self.policy is None: raise NotTrained('the trainer has no policy yet — await trainer.initialize() first')
-        c, policy = self.settings, self.policy
-        rows = make_rows(groups, c)
-        n_sequences, n_tokens = sum(any(r.mask) for r in rows), sum(sum(r.mask) for r in rows)
-        todo = [r for r in rows if any(r.mask) and (c.beta or any(r.advantages))]
-        old: dict[int, Tensor] = {}
-        res: dict[str, float] = {}
-        policy.model.train()
-        for it in range(c.num_iterations):
-            parts, total = [], 0.
-            for batch in micro_batches(todo, c.micro_batch_tokens):
-                loss, metrics, logps = backward(policy, batch, [old[id(r)] for r in batch] if it else None, self.reference, c, max(n_sequences, 1), max(n_tokens, 1))
-                if not it: old.update({id(r): lp for r, lp in zip(batch, logps)})
-                parts.append(metrics); total += loss
-            res = mean_metrics(parts) | {'loss': total, 'grad_norm': self._move()}
-        policy.model.eval(); policy.updated()
-        return res
-
-    def _move(self) -> float:
-        "One optimizer step; the gradient's length before it was shortened."
-        assert self.policy is not None
-        c, done = self.settings, self.step
-        rate = min(1., (done + 1) / c.warmup_steps) if c.warmup_steps else 1.
-        left = 1 - done / c.num_episodes
-        rate *= {'constant': 1., 'linear': left, 'cosine': .5 - .5 * math.cos(math.pi * left)}[c.lr_scheduler_type]
-        for g in self.optimizer.param_groups: g['lr'] = c.learning_rate * rate
-        for p in self.policy.model.parameters():
-            if p.grad is None and p.requires_grad: p.grad = torch.zeros_like(p)  # rows that were skipped have a gradient of zero, not none
-        norm = float(nn.utils.clip_grad_norm_(self.policy.model.parameters(), c.max_grad_norm))
-        if not math.isfinite(norm): raise StateSetError(f'the gradient is {norm} — go back to the last checkpoint with a smaller learning_rate')
-        self.optimizer.step(); self.optimizer.zero_grad(set_to_none=True)
-        return norm
-
-    async def steps(self) -> AsyncIterator[dict[str, float]]:  # metrics of each round
-        "One round after the other, yielding what each says; ends after `num_episodes`, or when the run is stopped."
-        if self.policy is None: await self.initialize()
-        if self.run.state == 'ready': self.run.start()
-        while self.step < self.config.num_episodes:
-            turned = await self.run.gate()
-            if self.run.state == 'stopped': return
-            if turned: self.settings = replace(self.settings, **turned)
-            began = time.perf_counter()
-            groups = await self.play()
-            self._check(groups)
-            played = time.perf_counter()
-            metrics = play_metrics(groups) | self.learn(groups) | {'learning_rate': self.optimizer.param_groups[0]['lr']}
-            self.step += 1
-            metrics |= {'time/rollout': played - began, 'time/update': time.perf_counter() - played} | {f'knobs/{k}': v for k, v in turned.items()}
-            if self.evaluate is not None and self.config.eval_steps and self.step % self.config.eval_steps == 0:
-                metrics |= {f'eval/{k}': v for k, v in (await self.evaluate(self.agent)).items()}
-            self._record(metrics, groups)
-            yield metrics
-        self.run._to('done')
-
-    def _check(self, groups: Sequence[TrajectoryGroup]) -> None:
-        if self.single_turn and all(t.truncated and t.segments and t.messages[-1].role != 'assistant' for g in groups for t in g.trajectories):
-            raise ConfigError('every episode wanted a second turn — SingleTurnGRPOTrainer learns from one answer — use MultiTurnGRPOTrainer')
-
-    def _record(self, metrics: dict[str, float], groups: Sequence[TrajectoryGroup]) -> None:
-        "Tell the callbacks, write the files, save when it is time."
-        for cb in self.callbacks: cb.on_log(self.step, metrics)
-        if self.output_dir is None: return
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        with open(self.output_dir / 'metrics.jsonl', 'a', encoding='utf-8') as f: f.write(json.dumps({'schema': 1, 'step': self.step} | metrics) + '\n')
-        with open(self.output_dir / 'trajectories.jsonl', 'a', encoding='utf-8') as f:
-            f.writelines(json.dumps({'step': self.step} | g.trajectories[0].to_dict(), ensure_ascii=False) + '\n' for g in groups)
-        every = self.config.save_steps
-        if self.step == self.config.num_episodes or (every and self.step % every == 0):
-            self.save_checkpoint(self.output_dir / f'checkpoint-{self.step}')
-            saved = sorted(self.output_dir.glob('checkpoint-*'), key=lambda p: int(p.name.split('-')[1]))
-            for p in saved[:-self.config.save_total_limit]: _remove(p)
-
-    async def train(
-        self,
-        progress: bool = False,  # show a progress bar
-    ) -> Agent:                  # the agent, with the weights it has learnt
-        "Run to the end."
-        with progress_bar('training', self.config.num_episodes, progress, self.step) as advance:
-            async for m in self.steps(): advance(f'reward {m["reward"]:.2f}' + (f', success {m["success"]:.0%}' if 'success' in m else ''))
-        return self.agent
-
-    def fit(self) -> Agent:  # the agent, with the weights it has learnt
-        "Run to the end, from plain code."
-        return run_sync(self.train(progress=True))
 
     def save_checkpoint(
         self,
@@ -447,33 +412,102 @@ class MultiTurnGRPOTrainer:
     ) -> None:                              # raises `DataError` when it is none, `ConfigError` with a list of what changed
         "Take a run up again: afterwards it goes on exactly as it would have."
         about = _read_state(Path(path))
-        old = TrainingConfig.from_dict(about['config'])
-        changed = [f'{f.name}: {getattr(old, f.name)!r} then, {getattr(self.config, f.name)!r} now' for f in fields(old) if f.name not in allow and getattr(old, f.name) != getattr(self.config, f.name)]
-        if changed: raise ConfigError(f'{path} was made with other settings — {"; ".join(changed)} — use those, or allow={[c.split(":")[0] for c in changed]}')
+        then, now = TrainingConfig.from_dict(about['config']).to_dict(), self.config.to_dict()
+        changed = [k for k in now if k not in allow and then[k] != now[k]]
+        if changed: raise ConfigError(f'{path} was made with other settings — {"; ".join(f"{k}: {then[k]!r} then, {now[k]!r} now" for k in changed)} — use those, or load_checkpoint(path, allow={changed})')
         policy = load_policy(Path(path) / 'policy', str(self.agent.policy.device))
         self.agent._backend = PolicyBackend(policy)
         await self.initialize()
         if self.reference is not None: self.reference = load_policy(Path(path) / 'reference', str(policy.device))
         _load_optimizer(self.optimizer, Path(path))
-        self.step, self.settings = about['step'], TrainingConfig.from_dict(about['settings'] | {k: self.config.__dict__[k] for k in allow})
-        if self.output_dir is not None: _keep_rows(self.output_dir, self.step)
-
-# %% ../nbs/32_trainers.ipynb #1d4be601
-class SingleTurnGRPOTrainer(MultiTurnGRPOTrainer):
-    "GRPO over single answers: an episode is cut after its first turn."
-    single_turn = True
-
-def _remove(path: Path) -> None:
-    import shutil
-    shutil.rmtree(path)
+        self.step, self.settings = about['step'], TrainingConfig.from_dict(about['settings'] | {k: now[k] for k in allow})
+        if self.log is not None: self.log.keep(self.step)
 
 def _read_state(path: Path) -> dict[str, Any]:
     "A checkpoint's `trainer.json`."
     try: return json.loads((path / 'trainer.json').read_text())
     except (OSError, ValueError): raise DataError(f'{path} is not a checkpoint — expected a folder with trainer.json, optimizer.safetensors and policy/') from None
 
-def _keep_rows(folder: Path, step: int) -> None:
-    "Drop what a killed run logged after its last checkpoint; those rounds are played again."
-    for name in ('metrics.jsonl', 'trajectories.jsonl'):
-        f = folder / name
-        if f.is_file(): write_text(f, ''.join(l for l in f.read_text(encoding='utf-8').splitlines(keepends=True) if l.endswith('\n') and json.loads(l)['step'] <= step))
+# %% ../nbs/32_trainers.ipynb #cb6cf7f2
+class MultiTurnGRPOTrainer(_Resumable):
+    "GRPO over whole conversations."
+    single_turn = False
+
+    def __init__(
+        self,
+        agent: Agent,                             # with a local policy; its weights are changed
+        environment: Environment,                 # where it plays
+        reward_fn: RewardFunction | None = None,  # asked once at the end of each episode, added to the environment's own reward
+        config: TrainingConfig | None = None,     # the settings
+        *,
+        scenarios: Sequence[Scenario] | None = None,  # to train on; the environment's own unless given
+        evaluate: Callable[[Agent], Awaitable[dict[str, float]]] | None = None,  # held-out success, called every `eval_steps`
+        callbacks: Sequence[TrainerCallback] = (),    # told after each round
+        run: TrainingRun | None = None,               # to pause, stop and turn knobs
+        output_dir: str | os.PathLike[str] | None = None,  # where metrics, trajectories and checkpoints go; nowhere unless given
+    ) -> None:
+        self.agent, self.environment, self.reward_fn, self.config = agent, environment, reward_fn, config or TrainingConfig()
+        self.scenarios = list(scenarios) if scenarios is not None else list(environment.scenarios) if isinstance(environment, ConversationEnvironment) else []
+        if not self.scenarios: raise ConfigError('no scenarios to train on — give scenarios=[...], or an environment that has some')
+        self.evaluate, self.callbacks, self.run = evaluate, list(callbacks), run or TrainingRun()
+        self.log = RunLog(output_dir) if output_dir is not None else None
+        self.step, self.settings, self.policy = 0, self.config, None   # rounds done; the config with knobs turned; after `initialize`
+
+    async def play(self) -> list[TrajectoryGroup]:  # P groups of G episodes
+        "One round of episodes."
+        c = self.settings
+        player = Agent(replace(self.agent.config, temperature=c.temperature, max_new_tokens=c.max_completion_length, top_p=1., top_k=0), self.agent.backend)
+        groups = await rollouts(player, self.environment, pick_scenarios(self.scenarios, self.step, c), c.num_generations, stream(c.seed, 'step', self.step),
+                                self.reward_fn, c.rollout_limit, max_turns=1 if self.single_turn else c.max_turns)
+        if self.single_turn and all(t.truncated and t.segments and t.messages[-1].role != 'assistant' for g in groups for t in g.trajectories):
+            raise ConfigError('every episode wanted a second turn — SingleTurnGRPOTrainer learns from one answer — use MultiTurnGRPOTrainer')
+        return groups
+
+    async def steps(self) -> AsyncIterator[dict[str, float]]:  # metrics of each round
+        "One round after the other, yielding what each says; ends after `num_episodes`, or when the run is stopped."
+        if self.policy is None: await self.initialize()
+        assert self.policy is not None
+        if self.run.state == 'ready': self.run.start()
+        while self.step < self.config.num_episodes:
+            turned = await self.run.gate()
+            if self.run.state == 'stopped': return
+            if turned: self.settings = replace(self.settings, **turned)
+            times = [time.perf_counter()]
+            groups = await self.play()
+            times.append(time.perf_counter())
+            metrics = play_metrics(groups) | learn(self.policy, self.reference, self.optimizer, groups, self.settings, self.step)
+            times.append(time.perf_counter())
+            metrics |= {'learning_rate': learning_rate_at(self.step, self.settings), 'time/rollout': times[1] - times[0], 'time/update': times[2] - times[1]} | {f'knobs/{k}': v for k, v in turned.items()}
+            self.step += 1
+            if self.evaluate is not None and self.config.eval_steps and self.step % self.config.eval_steps == 0:
+                metrics |= {f'eval/{k}': v for k, v in (await self.evaluate(self.agent)).items()}
+            self._record(metrics, groups)
+            yield metrics
+        self.run._to('done')
+
+    def _record(self, metrics: dict[str, float], groups: Sequence[TrajectoryGroup]) -> None:
+        "Tell the callbacks, write the files, save when it is time."
+        for cb in self.callbacks: cb.on_log(self.step, metrics)
+        if self.log is None: return
+        self.log.write(self.step, metrics, groups)
+        if self.step == self.config.num_episodes or (self.config.save_steps and self.step % self.config.save_steps == 0):
+            self.save_checkpoint(self.log.folder / f'checkpoint-{self.step}')
+            self.log.prune(self.config.save_total_limit)
+
+    async def train(
+        self,
+        progress: bool = False,  # show a progress bar
+    ) -> Agent:                  # the agent, with the weights it has learnt
+        "Run to the end."
+        with progress_bar('training', self.config.num_episodes, progress, self.step) as advance:
+            async for m in self.steps(): advance(f'reward {m["reward"]:.2f}' + (f', success {m["success"]:.0%}' if 'success' in m else ''))
+        return self.agent
+
+    def fit(self) -> Agent:  # the agent, with the weights it has learnt
+        "Run to the end, from plain code."
+        return run_sync(self.train(progress=True))
+
+# %% ../nbs/32_trainers.ipynb #492a2a80
+class SingleTurnGRPOTrainer(MultiTurnGRPOTrainer):
+    "GRPO over single answers: an episode is cut after its first turn."
+    single_turn = True
