@@ -4,9 +4,9 @@
 
 # %% ../nbs/52_cli.ipynb #9df54784
 from __future__ import annotations
-import importlib, json, os, platform, re, shlex, signal
+import importlib, json, logging, os, platform, re, shlex, signal, threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
@@ -155,7 +155,7 @@ def _version() -> None: _say_version(True)
 
 def main() -> None:
     "The command `stateset-nb`."
-    app()
+    app(prog_name='stateset-nb')
 
 # %% ../nbs/52_cli.ipynb #886d2220
 @contextmanager
@@ -170,19 +170,40 @@ def _plain_errors() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 # %% ../nbs/52_cli.ipynb #99e873ea
-def _interrupt(*_: Any) -> None: raise KeyboardInterrupt
+def _insist(asked: list[bool], done: threading.Event) -> None:
+    while not done.wait(1.):
+        if asked: signal.raise_signal(signal.SIGINT)
 
 @contextmanager
-def _stoppable(again: str) -> Iterator[None]:
-    "Let Ctrl-C end the command at once, and say how to go on."
-    listens = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # nohup and background jobs ignore Ctrl-C
-    if listens: signal.signal(signal.SIGINT, _interrupt)
+def _interruptible() -> Iterator[None]:
+    "Let Ctrl-C raise `KeyboardInterrupt` wherever the program is."
+    asked: list[bool] = []
+    done = threading.Event()
+    def interrupt(*_: Any) -> None:
+        asked.append(True)
+        logging.getLogger('asyncio').disabled = True  # a task that is cut short would report it a second time
+        if not done.is_set(): raise KeyboardInterrupt
+    before = signal.signal(signal.SIGINT, interrupt)
+    watch = threading.Thread(target=_insist, args=(asked, done), daemon=True)
+    watch.start()
     try: yield
+    finally:
+        done.set()
+        watch.join()
+        signal.signal(signal.SIGINT, before)
+
+# %% ../nbs/52_cli.ipynb #3c561616
+@contextmanager
+def _stoppable(
+    again: str,  # the command that goes on
+) -> Iterator[None]:
+    "End the command on Ctrl-C, and say how to go on."
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # by nohup, or a shell's background job
+    try:
+        with nullcontext() if ignored else _interruptible(): yield
     except KeyboardInterrupt:
         typer.secho(f'\nstopped — what is done is kept — go on with: {again}', err=True)
         raise typer.Exit(130) from None
-    finally:
-        if listens: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # %% ../nbs/52_cli.ipynb #63409f7a
 def _settings(file: str | None, options: dict[str, Any]) -> Any:
@@ -313,10 +334,10 @@ _MARKS = {'ok': '[green]ok[/]', 'absent': '[dim]-[/]', 'broken': '[red]broken[/]
 @app.command('doctor', help='Look at this machine: what is installed, and does it work? The exit code is 1 when something required is broken.')
 def _doctor() -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
     with _plain_errors(): found = checkup()
-    table = Table('what', 'seen', '', 'what to do', box=None)
+    table = Table('what', Column('seen', overflow='fold'), '', 'what to do', box=None)
     for f in found: table.add_row(Text(f.name), Text(f.seen), _MARKS[f.state], Text(f.advice))
     Console().print(table)
     if any(f.state == 'broken' for f in found): raise typer.Exit(1)
