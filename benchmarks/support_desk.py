@@ -117,7 +117,9 @@ def equal_compute(c: ImproveConfig, folder: Path, need: float) -> dict:
 def load_tests(c: ImproveConfig) -> dict[str, TestResults]:
     "Everybody's held-out episodes; those of the rival of equal compute are played here."
     folder = Path(c.out)
-    tests = {f.stem.replace('-', ' '): TestResults.load(f) for f in sorted((folder / 'tests').glob('*.jsonl'))}
+    keys = ['logs', *(f'{who} {how}' for who in list(WHO)[1:] for how in HOW)]
+    files = {k: folder / 'tests' / f'{k.replace(" ", "-")}.jsonl' for k in keys}
+    tests = {k: TestResults.load(f) for k, f in files.items() if f.is_file()}
     scenarios = desk_scenarios(c.scenarios, stream(c.seed, 'test'), 'test')
     for how, temperature in HOW.items():
         if f'equal {how}' in tests: continue
@@ -132,13 +134,11 @@ def interval(i) -> dict | None: return None if i is None else {'value': round(i.
 
 def rows_of(tests: dict[str, TestResults]) -> list[dict]:
     "One row for each of the table's lines."
-    keys = ['logs', *(f'{w} {h}' for w in list(WHO)[1:] for h in HOW)]
     res = []
-    for k in (k for k in keys if k in tests):
+    for k, t in tests.items():
         who, _, how = k.partition(' ')
-        by = tests[k].by('situation')
-        res.append({'who': who, 'how': how, 'success': interval(tests[k].success), 'rare_rule': interval(by.get(RARE)),
-                    'by_difficulty': {d: interval(i) for d, i in tests[k].by().items()}})
+        res.append({'who': who, 'how': how, 'success': interval(t.success), 'rare_rule': interval(t.by('situation').get(RARE)),
+                    'by_difficulty': {d: interval(i) for d, i in t.by().items()}})
     return res
 
 def compare(tests: dict[str, TestResults], before: str, after: str, margin: float) -> dict:
