@@ -233,10 +233,10 @@ async def _desk_before(w: _Work) -> None:
     w.say(f'The clone copies {w.checks["copies_numbers"]:.1%} of the digits it must and is {100 * w.checks["clone_minus_logs"]:+.1f} points from its clerks'
           + ('.' if w.checks['ready'] else ': not ready to practise by our own rule (95 %, 5 points); the report says so.'))
 
-async def _ready(w: _Work, n: int = 200, trials: int = 3) -> dict[str, Any]:
+async def _ready(w: _Work, trials: int = 3) -> dict[str, Any]:
     "Does the clone copy numbers, and does it succeed as often as its clerks? On scenarios of its own, several trials each: one is too noisy to tell 5 points."
     seed, limit = w.config.seed, w.config.training.max_completion_length
-    held = desk_scenarios(n, stream(seed, 'check'), 'test')
+    held = desk_scenarios(w.config.scenarios, stream(seed, 'check'), 'test')
     copies = copy_accuracy(w.policies['clone'], await play_clerks(held, seed, PERFECT))
     clerks = np.mean([(await clerk_results(held, stream(seed, 'check', k))).success.value for k in range(2 * trials)])
     clone = await w.folder.results('clone-check', lambda: policy_results(w.policies['clone'], 'check', w.environment, held, 1., limit, stream(seed, 'check'), trials=trials))

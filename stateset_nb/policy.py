@@ -333,11 +333,16 @@ class _Engine:
         self.loop: asyncio.AbstractEventLoop | None = None
         self.counts = {'ticks': 0, 'prefilled_tokens': 0, 'decoded_tokens': 0}
 
-    def ask(self, r: _Request) -> None:
+    def enter(self) -> asyncio.AbstractEventLoop:
+        "Be in the running event loop; what waited in an earlier one is gone."
         loop = asyncio.get_running_loop()
-        if self.loop is not loop:  # a new event loop: what waited in the old one is gone
+        if self.loop is not loop:
             self.loop, self.task, self.moved, self.queue, self.active, self.joined = loop, None, asyncio.Event(), [], [], set()
             self.forget()
+        return loop
+
+    def ask(self, r: _Request) -> None:
+        loop = self.enter()
         self.queue.append(r)
         self.wake()
         if self.task is None or self.task.done(): self.task = loop.create_task(self.drive())
@@ -353,7 +358,7 @@ class _Engine:
                 while self.joined - {r.owner for r in self.queue} - {r.owner for r in self.active}:
                     self.moved.clear()
                     await self.moved.wait()
-                self.admit()
+                _admit(self)
                 if self.active: _tick(self)
                 await asyncio.sleep(0)
         except BaseException as e:
@@ -362,18 +367,6 @@ class _Engine:
             self.queue, self.active = [], []
             self.forget()
             if not isinstance(e, Exception): raise
-
-    def admit(self) -> None:
-        "Give every waiting request its slot, in the order of keys, and find what its slot already holds."
-        self.active = [r for r in self.active if not r.future.done()]
-        new, self.queue = sorted((r for r in self.queue if not r.future.done()), key=lambda r: r.key), []
-        for r in new:
-            have = self.cached.get(r.key)
-            if have is None: self.slots.append(r.key); have = self.cached[r.key] = []
-            n = len(have) if r.ids[:len(have)] == have else next(i for i, (a, b) in enumerate(zip(have, [*r.ids, None])) if a != b)
-            r.done = min(n, len(r.ids) - 1)
-            self.active.append(r)
-        self.active.sort(key=lambda r: r.key)
 
     def drop(self, key: Key) -> None:
         "Free a slot; the last one moves into the hole so that used slots stay together."
@@ -386,6 +379,19 @@ class _Engine:
     def forget(self) -> None:
         "Drop everything the slots hold: the weights changed."
         self.slots, self.cached, self.cache = [], {}, None
+
+# %% ../nbs/01_policy.ipynb #3dad2019
+def _admit(e: _Engine) -> None:
+    "Give every waiting request its slot, in the order of keys, and find what its slot already holds."
+    e.active = [r for r in e.active if not r.future.done()]
+    new, e.queue = sorted((r for r in e.queue if not r.future.done()), key=lambda r: r.key), []
+    for r in new:
+        have = e.cached.get(r.key)
+        if have is None: e.slots.append(r.key); have = e.cached[r.key] = []
+        n = len(have) if r.ids[:len(have)] == have else next(i for i, (a, b) in enumerate(zip(have, [*r.ids, None])) if a != b)
+        r.done = min(n, len(r.ids) - 1)
+        e.active.append(r)
+    e.active.sort(key=lambda r: r.key)
 
 # %% ../nbs/01_policy.ipynb #ea4684be
 @torch.inference_mode()
@@ -454,6 +460,19 @@ def _settle(e: _Engine, part: list[_Request], logits: Tensor) -> None:
         if r.key not in e.joined: e.drop(r.key)
 
 # %% ../nbs/01_policy.ipynb #040fd155
+def _requests(policy: Policy, ids: Sequence[int], params: SamplingParams, key: Key | None, n: int) -> list[_Request]:
+    "The n requests of one call of `sample`, each with a random stream of its own."
+    loop = asyncio.get_running_loop()
+    base = key if key is not None else ('~', stream(params.seed, *ids[-8:]), len(policy.engine.queue))
+    rs = []
+    for i in range(n):
+        seed = params.seed if n == 1 else stream(params.seed, i)
+        r = _Request(base if n == 1 else (*base, i), _owner.get(), list(ids), params, loop.create_future(), len(ids))
+        r.u = np.random.Generator(np.random.Philox(key=seed)).random(params.max_tokens).tolist()
+        rs.append(r)
+    return rs
+
+# %% ../nbs/01_policy.ipynb #926b5932
 class Policy:
     "A causal language model that can be sampled from, scored and trained."
     def __init__(
@@ -485,15 +504,8 @@ class Policy:
     ) -> list[Sampled]:           # n turns; the i-th has its own random stream
         "Draw turns. Calls in flight at the same time are batched together."
         if not ids: raise DataError('the context is empty — a model needs at least one token to start from')
-        loop, owner = asyncio.get_running_loop(), _owner.get()
-        base = key if key is not None else ('~', stream(params.seed, *ids[-8:]), len(self.engine.queue))
-        rs = []
-        for i in range(n):
-            seed = params.seed if n == 1 else stream(params.seed, i)
-            r = _Request(base if n == 1 else (*base, i), owner, list(ids), params, loop.create_future(), len(ids))
-            r.u = np.random.Generator(np.random.Philox(key=seed)).random(params.max_tokens).tolist()
-            self.engine.ask(r)
-            rs.append(r)
+        rs = _requests(self, ids, params, key, n)
+        for r in rs: self.engine.ask(r)
         return [await r.future for r in rs]
 
     @contextmanager
@@ -502,6 +514,7 @@ class Policy:
         key: Key,  # names it; batches follow the order of keys
     ) -> Iterator[None]:  # a `with` block
         "Join the lockstep for one conversation: its keys and values are kept until the end of the block."
+        self.engine.enter()
         self.engine.joined.add(key)
         token = _owner.set(key)
         try: yield
