@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from .core import ConfigError, Conversation, DataError, Message, Record, Scenario, Segment, StateSetError, ToolCall, Trajectory, TrajectoryGroup, content_hash, gather, run_sync, stream
+from .policy import ContextFull
 from .agents import Agent, Reply, Tool, call_tool
 from .rewards import EpisodeContext, RewardFunction
 
@@ -175,7 +176,7 @@ class _Recorder:
     def add(self, reply: Reply) -> None:
         if not reply.ids: return
         t = reply.message.tokens
-        if not self.segments or (t is not None and t.forked):
+        if not self.segments or (t is not None and t.forked) or list(reply.prompt_ids[:len(self.segments[-1][0])]) != self.segments[-1][0]:
             self.segments.append(([], [], [], [], len(self.segments) - 1 if self.segments else None))
         ids, mask, logps, spans, _ = self.segments[-1]
         given = len(reply.prompt_ids) - len(ids)
@@ -208,7 +209,12 @@ async def rollout(
             talk = await env.reset(scenario, stream(seed, scenario.id, 'environment'))
             schemas = [t.schema for t in env.tools] or None
             for turn in range(max_turns):
-                reply = await agent.respond(talk, schemas, stream(seed, scenario.id, sample, turn))
+                try: reply = await agent.respond(talk, schemas, stream(seed, scenario.id, sample, turn))
+                except ContextFull:
+                    if not rewards: raise
+                    last = await env.cut()
+                    rewards[-1] += last.reward
+                    break
                 rec.add(reply); talk.append(reply.message); version = reply.policy_version
                 last = await env.step(reply.message) if reply.finish_reason == 'stop' else await env.cut()
                 talk += last.messages; rewards.append(last.reward)

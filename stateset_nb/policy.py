@@ -4,10 +4,10 @@
 
 # %% ../nbs/01_policy.ipynb #514dea41
 from __future__ import annotations
-import asyncio, contextvars, json, math, os, re, shutil, tempfile
+import asyncio, contextvars, json, math, os, re, shutil, sys, tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from .core import BackendError, ConfigError, Conversation, DataError, Message, R
 
 # %% auto #0
 __all__ = ['Key', 'ChatFormat', 'CompactFormat', 'make_tokenizer', 'TemplateFormat', 'SamplingParams', 'Sampled', 'pick_tokens',
-           'Policy', 'tiny_model', 'pad_rows', 'sequence_logps', 'check_head', 'new_folder', 'save_policy',
-           'load_policy', 'conversation_tokens', 'clone_conversations', 'TinyConfig', 'cache_folder', 'tiny_policy']
+           'ContextFull', 'Policy', 'tiny_model', 'pad_rows', 'sequence_logps', 'check_head', 'new_folder',
+           'save_policy', 'load_policy', 'conversation_tokens', 'clone_conversations', 'TinyConfig', 'cache_folder',
+           'tiny_policy']
 
 # %% ../nbs/01_policy.ipynb #7935af29
 class ChatFormat:
@@ -460,9 +461,19 @@ def _settle(e: _Engine, part: list[_Request], logits: Tensor) -> None:
         if r.key not in e.joined: e.drop(r.key)
 
 # %% ../nbs/01_policy.ipynb #040fd155
+class ContextFull(BackendError):
+    "A conversation is longer than the model can read."
+
+def _room(policy: Policy, n: int) -> int:
+    "How many tokens fit after a context of n."
+    limit = policy.model.config.to_dict().get('max_position_embeddings') or sys.maxsize
+    if n >= limit: raise ContextFull(f'a context of {n} tokens — {policy.name} reads at most {limit} — shorten the conversation, or take a model with a longer context')
+    return limit - n
+
 def _requests(policy: Policy, ids: Sequence[int], params: SamplingParams, key: Key | None, n: int) -> list[_Request]:
     "The n requests of one call of `sample`, each with a random stream of its own."
     loop = asyncio.get_running_loop()
+    params = replace(params, max_tokens=min(params.max_tokens, _room(policy, len(ids))))
     base = key if key is not None else ('~', stream(params.seed, *ids[-8:]), len(policy.engine.queue))
     rs = []
     for i in range(n):
@@ -779,6 +790,8 @@ def cache_folder() -> Path:  # STATESET_NB_CACHE, or stateset-nb in the user's c
     home = os.environ.get('STATESET_NB_CACHE') or Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'stateset-nb'
     return Path(home)
 
+_RECIPE = 4  # raised whenever a tiny policy is made differently, so that old ones on disk are not taken for new
+
 def tiny_policy(
     conversations: Sequence[Conversation],  # what it is to talk like
     seed: int = 0,                          # of weights and order
@@ -788,7 +801,7 @@ def tiny_policy(
 ) -> Policy:                                # on the CPU
     "A small policy that talks like some conversations, made on the spot."
     config = config or TinyConfig()
-    name = content_hash([[c.to_dict()['messages'] for c in conversations], seed, config.to_dict(), torch.__version__, 3], 20)
+    name = content_hash([[c.to_dict()['messages'] for c in conversations], seed, config.to_dict(), torch.__version__, _RECIPE], 20)
     place = cache_folder() / 'tiny' / name
     if cache and place.is_dir(): return load_policy(place, 'cpu')
     tk = make_tokenizer(_corpus(conversations), config.vocab_size)
