@@ -308,8 +308,8 @@ def _check_cache() -> Finding:
     from stateset_nb.policy import cache_folder
     place = cache_folder()
     there = next(p for p in (place, *place.absolute().parents) if p.exists())
-    ok = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
-    return Finding('cache', str(place)) if ok else Finding('cache', f'{place} cannot be written', 'broken', 'set STATESET_NB_CACHE to a folder of yours')
+    ok, name = there.is_dir() and os.access(there, os.W_OK | os.X_OK), str(place).replace(str(Path.home()), '~', 1)
+    return Finding('cache', name) if ok else Finding('cache', f'{name} cannot be written', 'broken', 'set STATESET_NB_CACHE to a folder of yours')
 
 # %% ../nbs/52_cli.ipynb #c093c808
 def _check_torch() -> list[Finding]:
@@ -323,7 +323,7 @@ def _check_torch() -> list[Finding]:
 
 def checkup() -> list[Finding]:  # one for each thing looked at
     "What is installed here, and does it work?"
-    res = [Finding('stateset-nb', stateset_nb.__version__), Finding('python', platform.python_version()), Finding('platform', platform.platform())]
+    res = [Finding('stateset-nb', stateset_nb.__version__), Finding('python', platform.python_version()), Finding('platform', ' '.join([platform.system(), platform.machine(), *platform.libc_ver()]).strip())]
     res += [_check_package(r, True) for r, extra in _requirements() if not extra]
     if all(f.state == 'ok' for f in res): res += [*_check_torch(), _check_cache()]
     return res + _check_extras()
