@@ -112,11 +112,12 @@ class PolicyBackend:
         messages: Sequence[Message],             # the talk so far
         tools: Sequence[dict[str, Any]] | None,  # tool schemas in OpenAI's form
     ) -> tuple[tuple[int, ...], bool]:           # (token ids, whether earlier text was rewritten)
-        "The tokens of a talk: those sampled before stay as they were."
+        "The tokens of a talk: those sampled before stay as they were, unless the talk was edited since."
         fmt = self.policy.format
         for i in range(len(messages) - 1, -1, -1):
             t = messages[i].tokens
-            if t is not None and t.finish_reason == 'stop': return fmt.extend(t.prompt_ids + t.ids, messages[:i + 1], messages[i + 1:], tools)
+            own = t is not None and t.finish_reason == 'stop' and t.format in (None, fmt) and t.talk in ((), tuple(messages[:i + 1]))
+            if t is not None and own: return fmt.extend(t.prompt_ids + t.ids, messages[:i + 1], messages[i + 1:], tools)
             if messages[i].role == 'assistant': break
         return fmt.start(messages, tools), any(m.tokens is not None for m in messages)
 
@@ -129,8 +130,9 @@ class PolicyBackend:
         "Sample a turn."
         ids, forked = self.context(messages, tools)
         s, = await self.policy.sample(ids, params, key=_owner.get())
-        tokens = SampledTokens(ids, s.ids, s.logps, s.finish, forked)
-        return Reply(replace(self.policy.format.parse(s.ids), tokens=tokens), ids, s.ids, s.logps, s.finish, s.version)
+        said = self.policy.format.parse(s.ids)
+        tokens = SampledTokens(ids, s.ids, s.logps, s.finish, forked, (*messages, said), self.policy.format)
+        return Reply(replace(said, tokens=tokens), ids, s.ids, s.logps, s.finish, s.version)
 
 # %% ../nbs/02_agents.ipynb #4235c7bd
 class StubBackend:

@@ -136,6 +136,8 @@ class SampledTokens:
     logps: tuple[float, ...]     # log-probability of each sampled token, nats
     finish_reason: str = 'stop'  # 'stop' (the model ended its turn) or 'length' (it was cut)
     forked: bool = False         # the template rewrote earlier text, so `prompt_ids` does not extend the last turn
+    talk: tuple[Message, ...] = field(default=(), repr=False, compare=False)  # the talk up to and with the message: when it was edited since, the tokens are not its own
+    format: Any = field(default=None, repr=False, compare=False)  # the chat format that wrote them: another one has other tokens
 
 # %% ../nbs/00_core.ipynb #6b8e5590
 def _content(v: Any, where: str) -> str | tuple[dict[str, Any], ...] | None:
