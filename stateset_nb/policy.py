@@ -20,9 +20,9 @@ from .core import BackendError, ConfigError, Conversation, DataError, Message, R
 
 # %% auto #0
 __all__ = ['Key', 'ChatFormat', 'CompactFormat', 'make_tokenizer', 'TemplateFormat', 'SamplingParams', 'Sampled', 'pick_tokens',
-           'ContextFull', 'Policy', 'tiny_model', 'pad_rows', 'sequence_logps', 'check_head', 'new_folder',
-           'save_policy', 'load_policy', 'conversation_tokens', 'clone_conversations', 'TinyConfig', 'cache_folder',
-           'tiny_policy']
+           'ContextFull', 'context_length', 'Policy', 'tiny_model', 'pad_rows', 'sequence_logps', 'check_head',
+           'new_folder', 'save_policy', 'load_policy', 'conversation_tokens', 'clone_conversations', 'TinyConfig',
+           'cache_folder', 'tiny_policy']
 
 # %% ../nbs/01_policy.ipynb #7935af29
 class ChatFormat:
@@ -76,11 +76,18 @@ class ChatFormat:
 _ROLE = {r: f'<|{r}|>' for r in ('system', 'user', 'assistant', 'tool')}
 _CALL, _END, _PAD = '<|call|>', '<|end|>', '<|pad|>'
 _ARG = re.compile(r'\s*([^\W\d]\w*)=("(?:[^"\\]|\\.)*"|[^\s"=]+)')
+_CONTROL = re.compile(r'<\|(?=(?:system|user|assistant|tool|call|end|pad)\|>)')
 
 def _compact_value(v: Any) -> str:
     "An argument as it stands after `key=`."
     s = v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)
     return s if re.fullmatch(r'[^\s"=]+', s) else json.dumps(s, ensure_ascii=False)
+
+def _compact_text(call: ToolCall) -> str:
+    "A call as ` name key=value ...`; arguments that are no JSON object stay as they are."
+    try: args = ''.join(f' {k}={_compact_value(v)}' for k, v in call.parsed().items())
+    except DataError: args = f' {call.arguments}'
+    return f' {call.name}{args}'
 
 def _compact_call(text: str) -> ToolCall:
     "A call from ` name key=value ...`; what cannot be read stays as arguments that are not JSON, for the tool to refuse."
@@ -97,10 +104,13 @@ class CompactFormat(ChatFormat):
     "The chat format of tiny models: `<|user|>text<|assistant|>text<|call|> name key=value<|end|>`."
     def _text(self, m: Message) -> str:
         role = 'system' if m.role == 'developer' else m.role
-        return _ROLE[role] + (self._reply(m) if role == 'assistant' else m.text)
+        return _ROLE[role] + (self._reply(m) if role == 'assistant' else self._plain(m.text))
+
+    def _plain(self, text: str) -> str:
+        return _CONTROL.sub('< |', text)  # what people type is never a control token
 
     def _reply(self, m: Message) -> str:
-        return m.text + ''.join(f'{_CALL} {c.name}' + ''.join(f' {k}={_compact_value(v)}' for k, v in c.parsed().items()) for c in m.tool_calls) + _END
+        return self._plain(m.text) + ''.join(_CALL + self._plain(_compact_text(c)) for c in m.tool_calls) + _END
 
     def start(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> tuple[int, ...]:
         "The context of a first turn."
@@ -160,7 +170,8 @@ def _hermes_call(text: str) -> ToolCall:
 class TemplateFormat(ChatFormat):
     "The chat template of a published model's tokenizer; tool calls as JSON between `<tool_call>` tags."
     def _dict(self, m: Message) -> dict[str, Any]:
-        d: dict[str, Any] = {'role': m.role, 'content': m.text}
+        role = 'system' if m.role == 'developer' and 'developer' not in self.tokenizer.chat_template else m.role
+        d: dict[str, Any] = {'role': role, 'content': m.text}
         if m.tool_calls: d['tool_calls'] = [{'type': 'function', 'function': {'name': c.name, 'arguments': _json_or_text(c.arguments)}} for c in m.tool_calls]
         if m.name: d['name'] = m.name
         return d
@@ -464,9 +475,15 @@ def _settle(e: _Engine, part: list[_Request], logits: Tensor) -> None:
 class ContextFull(BackendError):
     "A conversation is longer than the model can read."
 
+def context_length(
+    policy: Policy,  # any
+) -> int:            # tokens; a very large number where the model names no limit
+    "How many tokens a policy can read."
+    return policy.model.config.to_dict().get('max_position_embeddings') or sys.maxsize
+
 def _room(policy: Policy, n: int) -> int:
     "How many tokens fit after a context of n."
-    limit = policy.model.config.to_dict().get('max_position_embeddings') or sys.maxsize
+    limit = context_length(policy)
     if n >= limit: raise ContextFull(f'a context of {n} tokens — {policy.name} reads at most {limit} — shorten the conversation, or take a model with a longer context')
     return limit - n
 
@@ -722,12 +739,20 @@ def conversation_tokens(
     return res
 
 # %% ../nbs/01_policy.ipynb #9e92e60f
-def _batches(lengths: Sequence[int], steps: int, size: int, short_first: float, seed: int) -> Iterator[list[int]]:
+def _pieces(part: Iterable[int], lengths: Sequence[int], size: int, max_tokens: int) -> list[list[int]]:
+    "Rows in order of length, cut into batches of at most `size` rows and `max_tokens` padded tokens; a longer row stands alone."
+    res: list[list[int]] = [[]]
+    for i in part:
+        if res[-1] and (len(res[-1]) == size or (len(res[-1]) + 1) * lengths[i] > max_tokens): res.append([])
+        res[-1].append(int(i))
+    return res
+
+def _batches(lengths: Sequence[int], steps: int, size: int, short_first: float, seed: int, max_tokens: int) -> Iterator[list[int]]:
     "Batches of row numbers: the shortest two fifths alone for the first part of the steps, rows of like length together."
     rng = np.random.default_rng(seed)
     order = np.argsort(lengths, kind='stable')
     short = order[:max(size, int(.4 * len(order)))]
-    pool: list[np.ndarray] = []
+    pool: list[list[int]] = []
     for step in range(steps):
         if step == int(short_first * steps): pool = []
         if not pool:
@@ -735,9 +760,9 @@ def _batches(lengths: Sequence[int], steps: int, size: int, short_first: float, 
             rows = np.concatenate([rows] * -(-size // len(rows)))[:max(size, len(rows) // size * size)]
             for part in np.array_split(rows, -(-len(rows) // (16 * size))):
                 part = part[np.argsort(np.asarray(lengths)[part], kind='stable')]
-                pool += [part[i:i + size] for i in range(0, len(part), size)]
+                pool += _pieces(part, lengths, size, max_tokens)
             pool = [pool[i] for i in rng.permutation(len(pool))]
-        yield pool.pop().tolist()
+        yield pool.pop()
 
 # %% ../nbs/01_policy.ipynb #c9e28eb5
 def clone_conversations(
@@ -750,16 +775,18 @@ def clone_conversations(
     seed: int = 0,                          # of the order
     tools: Sequence[dict[str, Any]] | None = None,   # tool schemas in OpenAI's form
     on_step: Callable[[int, float], None] | None = None,  # called with (step, loss) after each step
+    max_batch_tokens: int = 8192,           # padded tokens a step; of long conversations a step sees fewer
 ) -> list[float]:                           # loss of each step, nats a token
-    "Teach a policy to say what the agent in these conversations said (supervised fine-tuning)."
-    rows = [s for c in conversations for s in conversation_tokens(policy.format, c.messages, tools)]
+    "Teach a policy to say what the agent in these conversations said (supervised fine-tuning). What does not fit into its context is not learnt."
+    limit = context_length(policy)
+    rows = [(ids[:limit], mask[:limit]) for c in conversations for ids, mask in conversation_tokens(policy.format, c.messages, tools) if any(mask[:limit])]
     if not rows: raise DataError('no assistant turn in these conversations — there is nothing to learn from')
     opt = torch.optim.AdamW(policy.model.parameters(), learning_rate, betas=(.9, .95), weight_decay=.01)
     warm = max(1, steps // 20)
     rate = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: min((i + 1) / warm, .55 + .45 * math.cos(math.pi * min(1, i / steps))))
     losses = []
     policy.model.train()
-    for step, batch in enumerate(_batches([len(r[0]) for r in rows], steps, batch_size, short_first, seed)):
+    for step, batch in enumerate(_batches([len(r[0]) for r in rows], steps, batch_size, short_first, seed, max_batch_tokens)):
         mask = pad_rows([rows[i][1] for i in batch])
         logps, _ = sequence_logps(policy, pad_rows([rows[i][0] for i in batch]), mask)
         loss = -logps.sum() / mask.sum()
@@ -790,7 +817,7 @@ def cache_folder() -> Path:  # STATESET_NB_CACHE, or stateset-nb in the user's c
     home = os.environ.get('STATESET_NB_CACHE') or Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'stateset-nb'
     return Path(home)
 
-_RECIPE = 4  # raised whenever a tiny policy is made differently, so that old ones on disk are not taken for new
+_RECIPE = 5  # raised whenever a tiny policy is made differently, so that old ones on disk are not taken for new
 
 def tiny_policy(
     conversations: Sequence[Conversation],  # what it is to talk like
@@ -801,13 +828,12 @@ def tiny_policy(
 ) -> Policy:                                # on the CPU
     "A small policy that talks like some conversations, made on the spot."
     config = config or TinyConfig()
-    name = content_hash([[c.to_dict()['messages'] for c in conversations], seed, config.to_dict(), torch.__version__, _RECIPE], 20)
-    place = cache_folder() / 'tiny' / name
-    if cache and place.is_dir(): return load_policy(place, 'cpu')
+    place = cache_folder() / 'tiny' / content_hash([[c.to_dict()['messages'] for c in conversations], seed, config.to_dict(), torch.__version__, _RECIPE], 20) if cache else None
+    if place is not None and place.is_dir(): return load_policy(place, 'cpu')
     tk = make_tokenizer(_corpus(conversations), config.vocab_size)
     policy = Policy(tiny_model(len(tk), seed, config.hidden_size, config.layers, config.max_tokens), tk, CompactFormat(tk), 'tiny')
     clone_conversations(policy, conversations, config.steps, config.batch_size, config.learning_rate, config.short_first, seed, on_step=on_step)
-    if cache: save_policy(policy, place)
+    if place is not None: save_policy(policy, place)
     return policy
 
 def _corpus(conversations: Sequence[Conversation]) -> Iterator[str]:
@@ -815,4 +841,4 @@ def _corpus(conversations: Sequence[Conversation]) -> Iterator[str]:
     for c in conversations:
         for m in c.messages:
             yield m.text
-            for t in m.tool_calls: yield f' {t.name}' + ''.join(f' {k}={_compact_value(v)}' for k, v in t.parsed().items())
+            for t in m.tool_calls: yield _compact_text(t)
