@@ -4,7 +4,7 @@
 
 # %% ../nbs/44_flywheel.ipynb #293b5bdc
 from __future__ import annotations
-import base64, html, io, json, os, platform, time
+import base64, html, io, json, os, platform, time, unicodedata
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .core import ConfigError, Conversation, DataError, Message, Record, Scenario, content_hash, progress_bar, read_conversations, stream, write_text
-from .policy import Policy, TinyConfig, conversation_tokens, load_policy, pad_rows, save_policy, tiny_policy
+from .policy import Policy, TinyConfig, context_length, conversation_tokens, load_policy, pad_rows, save_policy, tiny_policy
 from .agents import Agent, AgentConfig, PolicyBackend
 from .stats import compare_paired
 from .rewards import CompositeReward, EpisodeContext, RewardFunction, RewardResult, create_customer_service_reward
@@ -37,7 +37,7 @@ class ImproveConfig(Record):
     logs: int = 4000                  # conversations that the desk's clerks leave
     practice: int = 4000              # scenarios to practise on
     scenarios: int = 200              # held-out scenarios (of the desk) or prompts (of logs) of the verdict, at most
-    margin: float = 0.05              # the loss of success we would put up with
+    margin: float = 0.05              # the loss of success we would put up with; for logs, as a share of the clone's figure
     clone: TinyConfig = field(default_factory=lambda: TinyConfig(steps=1200))    # how the tiny policy is made
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig.from_profile(TrainingProfile.TINY, num_episodes=70, save_steps=10, save_total_limit=1))  # how it practises
     filtered_steps: int = 1000        # cloning steps of the rival that sees only successful logs; 0 leaves it out
@@ -131,9 +131,9 @@ def _identity(config: ImproveConfig) -> dict[str, Any]:
 
 # %% ../nbs/44_flywheel.ipynb #afaf693e
 def _bag(text: str) -> dict[str, int]:
-    "Words with their counts."
+    "Words with their counts; a script without spaces counts by character."
     res: dict[str, int] = {}
-    for w in ''.join(c.lower() if c.isalnum() else ' ' for c in text).split(): res[w] = res.get(w, 0) + 1
+    for w in ''.join(f' {c} ' if unicodedata.east_asian_width(c) in 'WF' else c.lower() if c.isalnum() else ' ' for c in text).split(): res[w] = res.get(w, 0) + 1
     return res
 
 class ReferenceOverlap(RewardFunction):
@@ -269,22 +269,30 @@ async def _practise(w: _Work, trainer_class: type[MultiTurnGRPOTrainer]) -> None
     await _test(w, 'trained')
 
 # %% ../nbs/44_flywheel.ipynb #e15bd3c8
+def _beginnings(messages: Sequence[Message]) -> list[str]:
+    "Names of the beginnings of a talk: the i-th is of its first i messages."
+    res = ['']
+    for m in messages: res.append(content_hash([res[-1], m.to_dict()]))
+    return res
+
 def log_scenarios(
     conversations: Sequence[Conversation],  # real logs
     test_share: float = 0.2,                # of the prompts
 ) -> tuple[list[Scenario], list[Scenario], list[Conversation]]:  # (to practise on, held out, the conversations behind the former)
-    "Prompts from logs: what was said before the last answer, with that answer as the reference."
-    train: dict[str, Scenario] = {}; test: dict[str, Scenario] = {}; kept = []
+    "Prompts from logs: what was said before one answer of each conversation, with that answer as the reference."
+    train: dict[str, Scenario] = {}; test: dict[str, Scenario] = {}; kept = []; learnt: set[str] = set()
     for c in conversations:
-        last = max((i for i, m in enumerate(c.messages) if m.role == 'assistant' and m.text.strip()), default=0)
-        if not last: continue
-        prompt = c.messages[:last]
-        name = content_hash([m.to_dict() for m in prompt])
-        s = Scenario(f'log-{name}', tuple(prompt), {'reference': c.messages[last].text}, tags=('log',))
-        if int(name[:8], 16) / 16**8 < test_share: test.setdefault(s.id, s)
-        else: train.setdefault(s.id, s); kept.append(replace(c, messages=c.messages[:last + 1]))
-    if not train or len(test) < 2: raise DataError(f'{len(train)} prompts to learn from and {len(test)} held out — expected at least 1 and 2 — give more conversations in which the assistant answers')
-    return list(train.values()), list(test.values()), kept
+        answers = [i for i, m in enumerate(c.messages) if i and m.role == 'assistant' and m.text.strip()]
+        if not answers: continue
+        names = _beginnings(c.messages)
+        at = answers[int(names[-1], 16) % len(answers)]
+        s = Scenario(f'log-{names[at]}', c.messages[:at], {'reference': c.messages[at].text}, tags=('log',))
+        side = content_hash(['group', c.metadata['group']]) if 'group' in c.metadata else names[at]
+        if int(side, 16) / 16**len(side) < test_share: test.setdefault(s.id, s)
+        else: train.setdefault(s.id, s); kept.append(c); learnt.update(names[i] for i in answers)
+    held = [s for s in test.values() if s.id.removeprefix('log-') not in learnt]
+    if not train or len(held) < 2: raise DataError(f'{len(train)} prompts to learn from and {len(held)} held out — expected at least 1 and 2 — give more conversations in which the assistant answers')
+    return list(train.values()), held, kept
 
 # %% ../nbs/44_flywheel.ipynb #0d5bcb26
 def _read_logs(c: ImproveConfig) -> tuple[list[Scenario], list[Scenario], list[Conversation]]:
@@ -293,12 +301,23 @@ def _read_logs(c: ImproveConfig) -> tuple[list[Scenario], list[Scenario], list[C
     pick = np.random.default_rng(stream(c.seed, 'pick')).permutation
     return [train[i] for i in pick(len(train))[:c.practice]], [test[i] for i in pick(len(test))[:c.scenarios]], kept
 
+def _fitting(policy: Policy, scenarios: Sequence[Scenario], answer: int) -> list[Scenario]:
+    "The scenarios whose prompt and an answer of so many tokens fit into the context."
+    limit = context_length(policy) - answer
+    fits = [s for s in scenarios if len(policy.format.start(s.messages)) <= limit]
+    if len(fits) < 2: raise DataError(f'{len(fits)} of {len(scenarios)} prompts are at most {limit} tokens long — expected at least 2 — give shorter conversations or a longer context (clone.max_tokens)')
+    return fits
+
 async def _logs_before(w: _Work, kept: Sequence[Conversation]) -> None:
     "A policy to start from: a tiny clone of the logs, or the model that was named."
-    c = w.config
-    w.say(f'{len(kept)} conversations to learn from; {len(w.train)} prompts to practise on, {len(w.test)} held out.')
+    c, ratings, n = w.config, [t.rating for t in kept if t.rating is not None], len(w.train) + len(w.test)
+    w.say(f'{len(kept)} conversations to learn from, {len(ratings)} of them rated' + (f' ({np.mean(ratings):.2f} on average)' if ratings else '') + f'; {len(w.train)} prompts to practise on, {len(w.test)} held out.')
     if c.model == 'tiny': w.make_clone('clone', kept, c.clone.steps)
     else: w.policies['clone'] = w.folder.policy('clone', lambda: load_policy(c.model))
+    w.train, w.test = (_fitting(w.policies['clone'], s, c.training.max_completion_length) for s in (w.train, w.test))
+    long = n - len(w.train) - len(w.test)
+    if long: w.say(f'{long} prompts are too long for a context of {context_length(w.policies["clone"])} tokens and are left out; of a longer conversation only the beginning is learnt.')
+    w.checks |= {'conversations': len(kept), 'rated': len(ratings), 'mean_rating': float(np.mean(ratings)) if ratings else None, 'too_long': long}
     await _test(w, 'clone')
 
 # %% ../nbs/44_flywheel.ipynb #a090df69
@@ -308,14 +327,14 @@ def make_verdict(
     metric: str = 'success',        # what decides
 ) -> dict[str, Any]:                # the content of verdict.json
     "Who is better, with intervals."
+    scale, margin = ('rate', config.margin) if metric == 'success' else ('value', config.margin * (tests['clone sampled'].mean(metric).value or 1))
     def row(a: str, b: str) -> dict[str, Any]:
-        scale = 'rate' if metric == 'success' else 'value'
-        p = compare_paired(tests[a].outcomes(metric), tests[b].outcomes(metric), metric, config.margin, scale=scale)
+        p = compare_paired(tests[a].outcomes(metric), tests[b].outcomes(metric), metric, margin, scale=scale)
         return p.row() | {'before_is': a, 'after_is': b, 'n_more': p.n_more, 'sentence': p.sentence()}
     main = row('clone sampled', 'trained sampled')
     rows = [row(a, b) for b in ('trained served', 'trained sampled') for a in tests if not a.startswith('trained') and (a == 'logs' or a.split()[1] == b.split()[1])]
     served = tests['trained served'].success.value
-    return {'schema': 1, **main, 'seed': config.seed, 'served_success': served, 'margin': config.margin, 'comparisons': rows}
+    return {'schema': 1, **main, 'seed': config.seed, 'served_success': served, 'margin': margin, 'comparisons': rows}
 
 # %% ../nbs/44_flywheel.ipynb #df952a71
 def _figure(draw: Callable[[Any], None], width: float, height: float, columns: int = 1) -> str:
@@ -364,11 +383,46 @@ def _before_after(a: TestResults, b: TestResults) -> str:
     side = lambda title, r: f'<div class="side"><h3>{title}: {"right" if r.success else "wrong"}</h3>{Conversation(r.trajectory.messages, r.scenario_id)._repr_html_()}</div>'
     return f'<div class="pair">{side("Before", pairs[0][0])}{side("After", pairs[0][1])}</div>' if pairs else ''
 
+def _answers(w: _Work, metric: str) -> str:
+    "A held-out prompt, the one with the middling change, and its three answers."
+    a, b = ({r.scenario_id: r for r in w.tests[k].results} for k in ('clone served', 'trained served'))
+    order = sorted((b[s.id].metrics.get(metric, 0.) - a[s.id].metrics.get(metric, 0.), s.id) for s in w.test)
+    s = next(s for s in w.test if s.id == order[len(order) // 2][1])
+    said = lambda r: (f'{r.metrics.get(metric, 0.):.2f}', r.trajectory.messages[len(s.messages)].text if r.trajectory else r.error)
+    fold = lambda m: replace(m, content=m.text if len(m.text) < 600 else m.text[:600] + ' …')
+    return ('<p>The held-out prompt with the middling change; its last three messages.</p>' + Conversation(tuple(map(fold, s.messages[-3:])), s.id)._repr_html_()
+            + _table(['who', metric, 'answer'], [('in the logs', '', fold(Message('assistant', s.goal['reference'])).text), ('before', *said(a[s.id])), ('after', *said(b[s.id]))]))
+
 _STYLE = ('body{font:15px/1.5 system-ui,sans-serif;max-width:62em;margin:2em auto;padding:0 1em;color:#222;background:#fff}table{border-collapse:collapse;margin:.6em 0}th,td{padding:.25em .8em;'
           'border-bottom:1px solid #ddd;text-align:left;font-size:14px}h1{font-size:1.6em}h2{margin-top:1.8em;font-size:1.2em}.verdict{border-left:5px solid;padding:.6em 1em;background:#f6f8fa;'
           'font-size:1.1em}.better{border-color:#22763d}.worse{border-color:#b3261e}.not_worse,.inconclusive{border-color:#8a6a14}.pair{display:flex;gap:1em;flex-wrap:wrap}.side{flex:1;min-width:20em}small{color:#666}')
 
 # %% ../nbs/44_flywheel.ipynb #ba845d14
+def _logs_parts(w: _Work, log: Sequence[dict[str, Any]], metric: str) -> list[str]:
+    "What only a report on logs has."
+    assert w.reward is not None
+    first, last, c = log[0], log[-1], w.checks
+    return [f'<h2>What it was paid for, and what judges it</h2><p>Practice was paid by {html.escape(w.reward.name)}. The judge is {html.escape(metric)}, which practice never saw: the words an answer shares with '
+            'what was really answered, and how few others it has. Where the pay rises and the judge\'s figure does not, practice has found what the reward pays for and not what people said.</p>',
+            _table(['', 'first round', 'last round'], [('reward', f'{first["reward"]:.2f}', f'{last["reward"]:.2f}'), ('entropy (nats a token)', *(f'{m["entropy"]:.2f}' if 'entropy' in m else '-' for m in (first, last))),
+                   (f'answers cut at {w.config.training.max_completion_length} tokens', *(f'{m["completions/clipped_ratio"]:.0%}' for m in (first, last)))]),
+            '<h2>The logs</h2>', _table(['conversations to learn from', 'rated', 'mean rating', 'prompts left out as too long'],
+                                        [(c['conversations'], c['rated'], '-' if c['mean_rating'] is None else f'{c["mean_rating"]:.2f}', c['too_long'])]),
+            '<h2>One prompt, three answers</h2>', _answers(w, metric)]
+
+def _desk_parts(w: _Work) -> list[str]:
+    "What only a report on the desk has."
+    served = {k: t for k, t in w.tests.items() if k == 'logs' or k.endswith('served')}
+    kinds = {k: t.by('situation') for k, t in served.items()}
+    names = sorted({s for v in kinds.values() for s in v})
+    return ['<h2>Success by difficulty</h2>', _figure(lambda ax: _plot_difficulty(ax, served), 9, 4),
+            '<h2>Requests served right, by kind</h2><p>A skill that was lost on the way would show here, whatever the total says.</p>',
+            _table(['request', 'n', *(t.agent for t in served.values())], [(s, kinds['logs'][s].n if s in kinds['logs'] else '', *(f'{100 * v[s].value:.0f} %' if s in v else '' for v in kinds.values())) for s in names]),
+            '<h2>Before practice</h2>', _table(['check', 'value', 'asked for'], [('digits copied right', f'{w.checks["copies_numbers"]:.1%}', 'at least 95 %'),
+            ('clone minus clerks, sampled success', f'{100 * w.checks["clone_minus_logs"]:+.1f} points', 'within 5 points')]),
+            '<h2>One conversation, before and after</h2><p>One that changed, where there is one.</p>', _before_after(w.tests['clone served'], w.tests['trained served'])]
+
+# %% ../nbs/44_flywheel.ipynb #db329cb9
 _MEANS = {'better': 'The interval lies above zero: on scenarios like these, practice helped.', 'worse': 'The interval lies below zero: practice did harm. Do not release this policy.',
           'not_worse': 'A loss larger than the margin is ruled out; a gain is not shown.',
           'inconclusive': 'The interval holds both a gain and a loss that would matter. This is no pass and no failure: there were too few scenarios to tell.'}
@@ -378,26 +432,16 @@ def write_report(
     verdict: dict[str, Any], # what `make_verdict` gave
 ) -> Path:                   # report.html
     "Write the report of a run."
-    desk = 'logs' in w.tests
+    desk, metric = 'logs' in w.tests, verdict['metric']
     log = [json.loads(l) for l in (w.folder.path / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
-    served = {k: t for k, t in w.tests.items() if k == 'logs' or k.endswith('served')}
     who = lambda key: w.tests[key].agent
+    level = lambda t: _rate(t.success) if desk else (lambda i: f'{i.value:.3f} ({i.low:.3f} to {i.high:.3f})')(t.mean(metric))
     parts = [f'<h1>{"Support desk" if desk else html.escape(Path(str(w.config.conversations)).name)}: did practice make the agent better?</h1>',
              f'<p class="verdict {verdict["verdict"]}">{html.escape(verdict["sentence"])}<br><small>{_MEANS[verdict["verdict"]]}'
              + (f' About {verdict["n_more"]} more scenarios are needed.' if verdict['n_more'] else '') + '</small></p>',
-             '<h2>Everybody on the same held-out scenarios</h2>',
-             _table(['who', 'success (95 % interval)', verdict['metric']], [(t.agent, _rate(t.success), _rate(t.success) if desk else f'{t.mean(verdict["metric"]).value:.3f}') for t in w.tests.values()]),
+             '<h2>Everybody on the same held-out scenarios</h2>', _table(['who', f'{metric} (95 % interval)'], [(t.agent, level(t)) for t in w.tests.values()]),
              _table(['compared with', 'after', 'difference (points)' if desk else 'difference', 'verdict'], [(who(r['before_is']), who(r['after_is']), _span(r, 100 if desk else 1), r['verdict'].replace('_', ' ')) for r in verdict['comparisons']]),
-             '<h2>How it learnt</h2>', _figure(lambda axes: _plot_curves(axes, log), 11, 3, 3)]
-    if desk:
-        kinds = {k: t.by('situation') for k, t in served.items()}
-        names = sorted({s for v in kinds.values() for s in v})
-        parts += ['<h2>Success by difficulty</h2>', _figure(lambda ax: _plot_difficulty(ax, served), 9, 4),
-                  '<h2>Requests served right, by kind</h2><p>A skill that was lost on the way would show here, whatever the total says.</p>',
-                  _table(['request', 'n', *(t.agent for t in served.values())], [(s, kinds['logs'][s].n if s in kinds['logs'] else '', *(f'{100 * v[s].value:.0f} %' if s in v else '' for v in kinds.values())) for s in names]),
-                  '<h2>Before practice</h2>', _table(['check', 'value', 'asked for'], [('digits copied right', f'{w.checks["copies_numbers"]:.1%}', 'at least 95 %'),
-                  ('clone minus clerks, sampled success', f'{100 * w.checks["clone_minus_logs"]:+.1f} points', 'within 5 points')])]
-    parts += ['<h2>One conversation, before and after</h2>', _before_after(w.tests['clone served'], w.tests['trained served']), '<h2>Settings</h2>', _settings(w.folder)]
+             '<h2>How it learnt</h2>', _figure(lambda axes: _plot_curves(axes, log), 11, 3, 3), *(_desk_parts(w) if desk else _logs_parts(w, log, metric)), '<h2>Settings</h2>', _settings(w.folder)]
     body = '\n'.join(parts)
     return write_text(w.folder.path / 'report.html', f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>stateset_nb report</title><style>{_STYLE}</style><body>{body}</body></html>')
 
