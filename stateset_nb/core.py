@@ -294,7 +294,7 @@ def read_jsonl(
             for n, s in enumerate(f, 1):
                 if not s.strip(): continue
                 try: d = json.loads(s)
-                except ValueError as e: raise DataError(f'{p} line {n}: not JSON: {e}') from None
+                except json.JSONDecodeError as e: raise DataError(f'{p} line {n}: not JSON: {e.msg} at column {e.colno}') from None
                 if not isinstance(d, dict): raise DataError(f'{p} line {n}: {type(d).__name__} — expected a JSON object')
                 yield f'{p} line {n}', d
         except UnicodeDecodeError as e: raise DataError(f'{p}: not UTF-8 text: {e.reason} at byte {e.start} — save it as UTF-8') from None

@@ -4,7 +4,7 @@
 
 # %% ../nbs/44_flywheel.ipynb #293b5bdc
 from __future__ import annotations
-import base64, html, io, json, os, platform, time, unicodedata
+import base64, html, io, json, os, platform, re, time, unicodedata
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -81,7 +81,7 @@ class RunFolder:
         self.state: dict[str, Any] = {'schema': 1, 'config': _identity(config), 'seconds': {}, 'done': False}
         f = self.path / 'run.json'
         if f.is_file():
-            old = json.loads(f.read_text(encoding='utf-8'))
+            old = _read_run(f)
             if not resume: raise ConfigError(f'{self.path} holds a run already — go on with --resume, or choose another folder with --out')
             changed = [k for k in self.state['config'] if old['config'].get(k) != self.state['config'][k]]
             if changed: raise ConfigError(f'{self.path} was begun with another {", ".join(changed)} — resume with the same settings, or choose another folder with --out')
@@ -124,6 +124,13 @@ class RunFolder:
             (await play()).save(f)
             self.finish(f'test {name}', time.perf_counter() - began)
         return TestResults.load(f)
+
+def _read_run(f: Path) -> dict[str, Any]:
+    "A run's state."
+    try:
+        d = json.loads(f.read_text(encoding='utf-8'))
+        return {k: d[k] for k in ('schema', 'config', 'seconds', 'done')}
+    except (OSError, ValueError, KeyError, TypeError) as e: raise DataError(f'{f} cannot be read ({type(e).__name__}: {e}) — it is damaged — choose another folder with --out') from None
 
 def _identity(config: ImproveConfig) -> dict[str, Any]:
     "The settings that make a run what it is."
@@ -308,12 +315,12 @@ def _fitting(policy: Policy, scenarios: Sequence[Scenario], answer: int) -> list
     if len(fits) < 2: raise DataError(f'{len(fits)} of {len(scenarios)} prompts are at most {limit} tokens long — expected at least 2 — give shorter conversations or a longer context (clone.max_tokens)')
     return fits
 
-async def _logs_before(w: _Work, kept: Sequence[Conversation]) -> None:
+async def _logs_before(w: _Work, kept: Sequence[Conversation], start: Policy | None) -> None:
     "A policy to start from: a tiny clone of the logs, or the model that was named."
     c, ratings, n = w.config, [t.rating for t in kept if t.rating is not None], len(w.train) + len(w.test)
     w.say(f'{len(kept)} conversations to learn from, {len(ratings)} of them rated' + (f' ({np.mean(ratings):.2f} on average)' if ratings else '') + f'; {len(w.train)} prompts to practise on, {len(w.test)} held out.')
     if c.model == 'tiny': w.make_clone('clone', kept, c.clone.steps)
-    else: w.policies['clone'] = w.folder.policy('clone', lambda: load_policy(c.model))
+    else: w.policies['clone'] = w.folder.policy('clone', lambda: start or load_policy(c.model))
     w.train, w.test = (_fitting(w.policies['clone'], s, c.training.max_completion_length) for s in (w.train, w.test))
     long = n - len(w.train) - len(w.test)
     if long: w.say(f'{long} prompts are too long for a context of {context_length(w.policies["clone"])} tokens and are left out; of a longer conversation only the beginning is learnt.')
@@ -477,6 +484,8 @@ def plan(
 ) -> str:                   # raises `DataError` or `ConfigError` when the run could not start
     "What `improve` would do; reads the input, writes nothing."
     c, t = config, config.training
+    if c.model != 'tiny' and not Path(c.model).is_dir() and not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', c.model):
+        raise ConfigError(f"model={c.model!r} — no such folder — expected 'tiny', a folder, or a name on the Hugging Face hub")
     if c.conversations is None:
         if c.model != 'tiny': raise ConfigError(f"model={c.model!r} — the built-in support desk is played by a tiny policy — use model='tiny', or give conversations of your own")
         first = f'{c.logs} conversations of the support desk\'s clerks; clone a tiny policy from all of them ({c.clone.steps} steps)' + (f' and a rival from the successful ones ({c.filtered_steps} steps)' if c.filtered_steps else '')
@@ -486,7 +495,8 @@ def plan(
         first = f'{len(kept)} conversations from {c.conversations}; ' + (f'clone a tiny policy from them ({c.clone.steps} steps)' if c.model == 'tiny' else f'start from the model {c.model}')
         train, test = len(practise), len(held)
     return (f'1. {first}\n2. practise {t.num_episodes} rounds of {t.prompts_per_step} scenarios x {t.num_generations} episodes (learning_rate {t.learning_rate:g}) on {train} scenarios\n'
-            f'3. test everybody on {test} held-out scenarios, sampled and greedy\n4. write verdict.json, report.html, policy/, metrics.jsonl and trajectories.jsonl into {c.out} (seed {c.seed})')
+            f'3. test everybody on {test} held-out scenarios, sampled and greedy\n4. write verdict.json, report.html, policy/, metrics.jsonl and trajectories.jsonl into {c.out} (seed {c.seed})'
+            + (f'\n{c.out} holds a run already: --resume goes on with it' if (Path(c.out) / 'run.json').is_file() else ''))
 
 async def improve(
     config: ImproveConfig | None = None,  # the settings; the support desk's unless given
@@ -496,10 +506,11 @@ async def improve(
     "Turn conversations into a better agent, and say honestly whether it is better."
     c = config or ImproveConfig()
     plan(c)
+    start = _named_model(c)
     folder = RunFolder(c.out, c, resume)
     w, trainer = _begin(folder, progress)
     if c.conversations is None: await _desk_before(w)
-    else: await _logs_before(w, _read_logs(c)[2])
+    else: await _logs_before(w, _read_logs(c)[2], start)
     await _practise(w, trainer)
     if 'filtered' in w.policies: await _test(w, 'filtered')
     verdict = make_verdict(w.tests, c, w.judge.name if w.judge is not None else 'success') | {'checks': w.checks}
@@ -508,6 +519,10 @@ async def improve(
     folder.state['done'] = True; folder._save()
     w.say(verdict['sentence'])
     return Improvement(folder.path, verdict, w.tests)
+
+def _named_model(c: ImproveConfig) -> Policy | None:
+    "The model that was named, loaded before anything is written: a wrong name must leave nothing behind."
+    return None if c.model == 'tiny' or (Path(c.out) / 'clone' / 'policy.json').is_file() else load_policy(c.model)
 
 def _begin(folder: RunFolder, progress: bool) -> tuple[_Work, type[MultiTurnGRPOTrainer]]:
     "Environment, scenarios and rewards of a run, and who trains."

@@ -247,7 +247,7 @@ def compare_paired(
     i = paired_interval(y - x, guard, confidence)
     verdict, n, sd = str(verdict_of(i, m, higher_is_better)), len(x), float((y - x).std(ddof=1))
     n_more = _n_more(n, sd, m, guard, confidence) if verdict == 'inconclusive' else 0
-    out = np.expm1 if scale == 'ratio' else np.asarray
+    out = np.expm1 if scale == 'ratio' else (lambda v: np.clip(v, -1, 1)) if scale == 'rate' else np.asarray
     level = np.exp if scale == 'ratio' else np.asarray
     return PairedComparison(metric, verdict, float(level(x.mean())), float(level(y.mean())), float(out(i.mean)), float(out(i.low)), float(out(i.high)), n, n_more, margin, confidence,
                             float(out(i.floor if higher_is_better else i.ceiling)), bool(i.floor > -m if higher_is_better else i.ceiling < m), float(i.p_value), k, scale, higher_is_better)
