@@ -134,6 +134,13 @@ def test_page_form(book):
     assert any(o for _,_,o in cs), 'no output is stored: run tools/nbrun.py on it'
     assert re.search(r'what next', cs[-1][1], re.I) and '.ipynb' in cs[-1][1], 'the last cell says what next, with links'
 
+@pytest.mark.parametrize('book', [ROOT/'nbs'/'index.ipynb', *sorted((ROOT/'nbs'/'tutorials').glob('*.ipynb'))], ids=lambda f: f.stem)
+def test_tutorials_export_nothing_and_show_what_comes_of_them(book):
+    cs = cells(book)
+    assert re.match(r'# .+\n\s*\n> \S', cs[0][1]), 'the first cell is `# title` and `> promise`'
+    assert not [s for k,s,_ in cs if k=='code' and EXPORT.search(s)]
+    assert any(o for _,_,o in cs), 'no output is stored: run tools/nbrun.py on it'
+
 def hrefs(contents):
     "The notebooks a sidebar names, in order."
     for o in contents: yield from [o] if isinstance(o, str) else hrefs(o['contents']) if 'contents' in o else [o['href']]
