@@ -282,6 +282,12 @@ def write_jsonl(
     "Write records, one JSON object a line, atomically."
     return write_text(path, ''.join(json.dumps(_plain(r), ensure_ascii=False, allow_nan=False) + '\n' for r in records))
 
+def _whole(v: Any) -> bool:
+    "Is it text that can be written down? Half of a character (a lone surrogate) cannot."
+    try: json.dumps(v, ensure_ascii=False).encode()
+    except UnicodeEncodeError: return False
+    return True
+
 def read_jsonl(
     path: str | os.PathLike[str],  # the file to read
 ) -> Iterator[tuple[str, dict[str, Any]]]:  # (file and line, object); raises `DataError` naming both
@@ -296,6 +302,7 @@ def read_jsonl(
                 try: d = json.loads(s)
                 except json.JSONDecodeError as e: raise DataError(f'{p} line {n}: not JSON: {e.msg} at column {e.colno}') from None
                 if not isinstance(d, dict): raise DataError(f'{p} line {n}: {type(d).__name__} — expected a JSON object')
+                if '\\ud' in s.lower() and not _whole(d): raise DataError(f'{p} line {n}: half a character (a lone \\ud8.. or \\udc..) — expected whole ones — the text was cut inside an emoji; remove what is left of it')
                 yield f'{p} line {n}', d
         except UnicodeDecodeError as e: raise DataError(f'{p}: not UTF-8 text: {e.reason} at byte {e.start} — save it as UTF-8') from None
 

@@ -206,9 +206,7 @@ MISTAKES = {
     'no such model':    ({'logs.jsonl': TALKS}, ['--conversations', 'logs.jsonl', '--model', 'no-such/model'], ["'no-such/model'"]),
 }
 
-LATE = pytest.mark.xfail(strict=True, reason='the folder of a run is begun before the model it names is loaded')
-
-@pytest.mark.parametrize('case', [pytest.param(c, marks=LATE) if c in ('no such folder', 'no such model') else c for c in MISTAKES])
+@pytest.mark.parametrize('case', MISTAKES)
 def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, case):
     files, args, words = MISTAKES[case]
     for name,text in files.items(): (tmp_path/name).write_text(text)
