@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, ClassVar, Protocol
 
 from .core import ConfigError, DataError, Message, Record, SampledTokens, ToolCall, as_messages, stream
-from .policy import Key, Policy, SamplingParams, _owner, load_policy
+from .policy import Key, Policy, SamplingParams, _owners, load_policy
 
 # %% auto #0
 __all__ = ['Tool', 'call_tool', 'Reply', 'Backend', 'PolicyBackend', 'StubBackend', 'AgentConfig', 'Agent', 'MultiTurnAgent',
@@ -129,7 +129,7 @@ class PolicyBackend:
     ) -> Reply:                                  # the answer with its tokens
         "Sample a turn."
         ids, forked = self.context(messages, tools)
-        s, = await self.policy.sample(ids, params, key=_owner.get())
+        s, = await self.policy.sample(ids, params, key=(_owners.get() or (None,))[-1])
         said = self.policy.format.parse(s.ids)
         tokens = SampledTokens(ids, s.ids, s.logps, s.finish, forked, (*messages, said), self.policy.format)
         return Reply(replace(said, tokens=tokens), ids, s.ids, s.logps, s.finish, s.version)

@@ -4,8 +4,8 @@
 
 # %% ../nbs/01_policy.ipynb #514dea41
 from __future__ import annotations
-import asyncio, contextvars, json, math, os, re, shutil, sys, tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import asyncio, contextvars, itertools, json, math, os, re, shutil, sys, tempfile
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -75,13 +75,16 @@ class ChatFormat:
 # %% ../nbs/01_policy.ipynb #038cea6f
 _ROLE = {r: f'<|{r}|>' for r in ('system', 'user', 'assistant', 'tool')}
 _CALL, _END, _PAD = '<|call|>', '<|end|>', '<|pad|>'
-_ARG = re.compile(r'\s*([^\W\d]\w*)=("(?:[^"\\]|\\.)*"|[^\s"=]+)')
+_ARG = re.compile(r'\s*([^\W\d]\w*)=("(?:[^"\\]|\\.)*"|[^\s"=\[{]+|(?=[\[{]))')
+_NUMBER = r'-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?'
+_MARKS = re.compile('[\ue000-\ue03b]')  # the characters that the tokenizer below writes digits with
 _CONTROL = re.compile(r'<\|(?=(?:system|user|assistant|tool|call|end|pad)\|>)')
 
 def _compact_value(v: Any) -> str:
-    "An argument as it stands after `key=`."
-    s = v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)
-    return s if re.fullmatch(r'[^\s"=]+', s) else json.dumps(s, ensure_ascii=False)
+    "An argument as it stands after `key=`; text that would be read as something else than text or a whole number is quoted."
+    if not isinstance(v, str): return json.dumps(v, ensure_ascii=False)
+    plain = re.fullmatch(r'[^\s"=\[{]+', v) and (re.fullmatch(r'0|[1-9]\d*', v) or not re.fullmatch(rf'{_NUMBER}|true|false|null', v))
+    return v if plain else json.dumps(v, ensure_ascii=False)
 
 def _compact_text(call: ToolCall) -> str:
     "A call as ` name key=value ...`; arguments that are no JSON object stay as they are."
@@ -92,11 +95,13 @@ def _compact_text(call: ToolCall) -> str:
 def _compact_call(text: str) -> ToolCall:
     "A call from ` name key=value ...`; what cannot be read stays as arguments that are not JSON, for the tool to refuse."
     name, _, rest = text.strip().partition(' ')
-    args, pos = {}, 0
-    while m := _ARG.match(rest, pos):
-        v = m[2]
-        args[m[1]] = json.loads(v) if v[0] == '"' or re.fullmatch(r'-?(0|[1-9]\d*)(\.\d+)?|true|false|null', v) else v
-        pos = m.end()
+    args: dict[str, Any] = {}; pos = 0
+    try:
+        while m := _ARG.match(rest, pos):
+            v, pos = m[2], m.end()
+            if not v: args[m[1]], pos = json.JSONDecoder().raw_decode(rest, pos)
+            else: args[m[1]] = json.loads(v) if v[0] == '"' or re.fullmatch(rf'{_NUMBER}|true|false|null', v) else v
+    except (ValueError, RecursionError): return ToolCall(name, rest)
     return ToolCall(name, json.dumps(args, ensure_ascii=False) if not rest[pos:].strip() else rest)
 
 # %% ../nbs/01_policy.ipynb #1b0ce34c
@@ -107,7 +112,7 @@ class CompactFormat(ChatFormat):
         return _ROLE[role] + (self._reply(m) if role == 'assistant' else self._plain(m.text))
 
     def _plain(self, text: str) -> str:
-        return _CONTROL.sub('< |', text)  # what people type is never a control token
+        return _MARKS.sub('\ufffd', _CONTROL.sub('< |', text))  # what people type is never a control token, nor a digit that is none
 
     def _reply(self, m: Message) -> str:
         return self._plain(m.text) + ''.join(_CALL + self._plain(_compact_text(c)) for c in m.tool_calls) + _END
@@ -169,6 +174,21 @@ def _hermes_call(text: str) -> ToolCall:
 # %% ../nbs/01_policy.ipynb #e9f16816
 class TemplateFormat(ChatFormat):
     "The chat template of a published model's tokenizer; tool calls as JSON between `<tool_call>` tags."
+    def __init__(
+        self,
+        tokenizer: Any,  # with a chat template
+    ) -> None:
+        super().__init__(tokenizer)
+        tail = self._render([Message('user', 'u'), Message('assistant', 'zq')], None, False).rpartition('zq')[2]
+        ends = [t for t in (tokenizer.eos_token, *tokenizer.convert_ids_to_tokens(self.encode(tail))) if t in tail and tokenizer.convert_tokens_to_ids(t) in tokenizer.added_tokens_decoder]
+        if not ends: raise BackendError(f'the chat template of {tokenizer.name_or_path} ends no turn with a token of its own: {tail!r} — a model could not say when it has finished — give a ChatFormat')
+        self.end = ends[0]   # what the template writes after a reply; not always the end of a text (Gemma, Phi)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        "The tokens that end a turn."
+        return self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids(self.end)
+
     def _dict(self, m: Message) -> dict[str, Any]:
         role = 'system' if m.role == 'developer' and 'developer' not in self.tokenizer.chat_template else m.role
         d: dict[str, Any] = {'role': role, 'content': m.text}
@@ -188,11 +208,11 @@ class TemplateFormat(ChatFormat):
         "The old ids, the template's own ending of the turn, and what is new; a fork where the template rewrites."
         old, full = self._render(before, tools, False), self._render([*before, *new], tools, True)
         if not full.startswith(old): return self.encode(full), True
-        return ids + self.encode(old.rpartition(self.tokenizer.eos_token)[2] + full[len(old):]), False
+        return ids + self.encode(old.rpartition(self.end)[2] + full[len(old):]), False
 
     def reply_ids(self, message: Message, before: Sequence[Message] = ()) -> tuple[int, ...]:
         "A reply as the template writes it, up to and with the end token."
-        asked, full, end = self._render(before, None, True), self._render([*before, message], None, False), self.tokenizer.eos_token
+        asked, full, end = self._render(before, None, True), self._render([*before, message], None, False), self.end
         if not full.startswith(asked): raise BackendError('this chat template does not extend its own prompt — it cannot be learnt from logs')
         return self.encode(full[len(asked):].rpartition(end)[0] + end)
 
@@ -219,10 +239,11 @@ class SamplingParams(Record):
     seed: int = 0             # of this turn's random stream
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1: raise ConfigError(f'max_tokens={self.max_tokens} — must be at least 1')
+        for k, low in {'max_tokens': 1, 'top_k': 0, 'seed': 0}.items():
+            v = self.__dict__[k]
+            if isinstance(v, bool) or not isinstance(v, int) or v < low: raise ConfigError(f'{k}={v!r} — must be a whole number, at least {low}' + '; 0 keeps all' * (k == 'top_k'))
         if not 0 <= self.temperature < math.inf: raise ConfigError(f'temperature={self.temperature} — must be >= 0; 1 samples from the model, 0 takes the likeliest token')
         if not 0 < self.top_p <= 1: raise ConfigError(f'top_p={self.top_p} — must be above 0 and at most 1')
-        if self.top_k < 0: raise ConfigError(f'top_k={self.top_k} — must be 0 (off) or more')
 
 # %% ../nbs/01_policy.ipynb #0a2299fb
 @dataclass(frozen=True)
@@ -247,7 +268,9 @@ def pick_tokens(
     if top_k is not None or top_p is not None: z = _filter(z, top_p, top_k)
     logp = torch.log_softmax(z, -1)
     cdf = logp.exp().cumsum(-1)
-    drawn = torch.searchsorted(cdf, (u[:, None] * cdf[:, -1:]), right=True).squeeze(-1).clamp(max=z.shape[-1] - 1)
+    total = cdf[:, -1:]
+    below = torch.nextafter(total, torch.zeros_like(total))  # a u that rounds to 1 must not land behind the last possible token
+    drawn = torch.searchsorted(cdf, torch.minimum(u[:, None] * total, below), right=True).squeeze(-1).clamp(max=z.shape[-1] - 1)
     x = torch.where(greedy, logits.argmax(-1), drawn)
     return x, logp.gather(-1, x[:, None]).squeeze(-1)
 
@@ -314,13 +337,21 @@ def _cache_class() -> type:
 
 # %% ../nbs/01_policy.ipynb #314e1824
 Key = tuple[int | str, ...]  # names a conversation; order of keys is order of batches
-_owner: contextvars.ContextVar[Key | None] = contextvars.ContextVar('conversation', default=None)
+_owners: contextvars.ContextVar[tuple[Key, ...]] = contextvars.ContextVar('conversations', default=())  # those we are in, the innermost last
 
-@dataclass
+def _rank(key: Key) -> list[tuple[bool, int | str]]:
+    "Keys in order, whatever they are made of."
+    return [(isinstance(part, str), part) for part in key]
+
+def _free(key: Key, taken: Container[Key]) -> Key:
+    "The key, or one like it that nobody has."
+    return next(k for n in itertools.count(1) if (k := key if n == 1 else (*key, n)) not in taken)
+
+@dataclass(eq=False)
 class _Request:
     "One turn being sampled."
     key: Key                     # the slot it uses
-    owner: Key | None            # the joined conversation that waits for it
+    owners: tuple[Key, ...]      # the joined conversations that wait for it
     ids: list[int]               # context, then what was sampled
     params: SamplingParams
     future: asyncio.Future[Sampled]
@@ -345,16 +376,23 @@ class _Engine:
         self.loop: asyncio.AbstractEventLoop | None = None
         self.counts = {'ticks': 0, 'prefilled_tokens': 0, 'decoded_tokens': 0}
 
+    def live(self) -> list[_Request]:
+        "Requests that somebody still waits for."
+        return [r for r in [*self.queue, *self.active] if not r.future.done()]
+
     def enter(self) -> asyncio.AbstractEventLoop:
         "Be in the running event loop; what waited in an earlier one is gone."
         loop = asyncio.get_running_loop()
         if self.loop is not loop:
+            if self.loop is not None and not self.loop.is_closed() and self.live():
+                raise BackendError('this policy is answering in another event loop — it serves one at a time — load it a second time, or wait')
             self.loop, self.task, self.moved, self.queue, self.active, self.joined = loop, None, asyncio.Event(), [], [], set()
             self.forget()
         return loop
 
     def ask(self, r: _Request) -> None:
         loop = self.enter()
+        r.key = _free(r.key, {o.key for o in self.live()})
         self.queue.append(r)
         self.wake()
         if self.task is None or self.task.done(): self.task = loop.create_task(self.drive())
@@ -362,12 +400,16 @@ class _Engine:
     def wake(self) -> None:
         if self.moved is not None: self.moved.set()
 
+    def absent(self) -> set[Key]:
+        "Conversations in lockstep that are not at the engine."
+        return self.joined - {k for r in self.live() for k in r.owners}
+
     async def drive(self) -> None:
         "Tick until nobody asks."
         try:
             while self.queue or self.active:
                 assert self.moved is not None
-                while self.joined - {r.owner for r in self.queue} - {r.owner for r in self.active}:
+                while self.absent():
                     self.moved.clear()
                     await self.moved.wait()
                 _admit(self)
@@ -380,9 +422,15 @@ class _Engine:
             self.forget()
             if not isinstance(e, Exception): raise
 
+    def again(self, rs: Sequence[_Request]) -> None:
+        "What the slots of these requests held is gone: read it anew."
+        self.active = [r for r in self.active if r not in rs]
+        self.queue += rs
+
     def drop(self, key: Key) -> None:
         "Free a slot; the last one moves into the hole so that used slots stay together."
         if self.cached.pop(key, None) is None: return
+        self.again([r for r in self.active if r.key == key and not r.future.done()])
         i, last = self.slots.index(key), self.slots.pop()
         if last != key:
             self.slots[i] = last
@@ -390,20 +438,23 @@ class _Engine:
 
     def forget(self) -> None:
         "Drop everything the slots hold: the weights changed."
+        self.again(self.active)
         self.slots, self.cached, self.cache = [], {}, None
 
 # %% ../nbs/01_policy.ipynb #3dad2019
 def _admit(e: _Engine) -> None:
     "Give every waiting request its slot, in the order of keys, and find what its slot already holds."
+    for r in [*e.queue, *e.active]:
+        if r.future.done() and r.key not in e.joined: e.drop(r.key)  # nobody waits for it any more
     e.active = [r for r in e.active if not r.future.done()]
-    new, e.queue = sorted((r for r in e.queue if not r.future.done()), key=lambda r: r.key), []
+    new, e.queue = sorted((r for r in e.queue if not r.future.done()), key=lambda r: _rank(r.key)), []
     for r in new:
         have = e.cached.get(r.key)
         if have is None: e.slots.append(r.key); have = e.cached[r.key] = []
         n = len(have) if r.ids[:len(have)] == have else next(i for i, (a, b) in enumerate(zip(have, [*r.ids, None])) if a != b)
         r.done = min(n, len(r.ids) - 1)
         e.active.append(r)
-    e.active.sort(key=lambda r: r.key)
+    e.active.sort(key=lambda r: _rank(r.key))
 
 # %% ../nbs/01_policy.ipynb #ea4684be
 @torch.inference_mode()
@@ -412,7 +463,7 @@ def _tick(e: _Engine) -> None:
     if e.cache is None: e.cache = _cache_class()()
     e.counts['ticks'] += 1
     new = lambda r: len(r.ids) - r.done
-    fresh = sorted((r for r in e.active if new(r) > 1), key=lambda r: (new(r), r.key))
+    fresh = sorted((r for r in e.active if new(r) > 1), key=lambda r: (new(r), _rank(r.key)))
     rest = [r for r in e.active if new(r) == 1]
     while fresh:
         part = [fresh.pop()]
@@ -479,7 +530,8 @@ def context_length(
     policy: Policy,  # any
 ) -> int:            # tokens; a very large number where the model names no limit
     "How many tokens a policy can read."
-    return policy.model.config.to_dict().get('max_position_embeddings') or sys.maxsize
+    c = policy.model.config.to_dict()
+    return int(c.get('max_position_embeddings') or c.get('n_positions') or sys.maxsize)
 
 def _room(policy: Policy, n: int) -> int:
     "How many tokens fit after a context of n."
@@ -489,13 +541,14 @@ def _room(policy: Policy, n: int) -> int:
 
 def _requests(policy: Policy, ids: Sequence[int], params: SamplingParams, key: Key | None, n: int) -> list[_Request]:
     "The n requests of one call of `sample`, each with a random stream of its own."
-    loop = asyncio.get_running_loop()
+    loop, last = asyncio.get_running_loop(), policy.model.config.vocab_size - 1
+    if min(ids) < 0 or max(ids) > last: raise DataError(f'the context has token ids from {min(ids)} to {max(ids)} — this model knows 0 to {last} — were they made by another tokenizer?')
     params = replace(params, max_tokens=min(params.max_tokens, _room(policy, len(ids))))
-    base = key if key is not None else ('~', stream(params.seed, *ids[-8:]), len(policy.engine.queue))
+    base = key if key is not None else ('~', stream(params.seed, *ids[-8:]))
     rs = []
     for i in range(n):
         seed = params.seed if n == 1 else stream(params.seed, i)
-        r = _Request(base if n == 1 else (*base, i), _owner.get(), list(ids), params, loop.create_future(), len(ids))
+        r = _Request(base if n == 1 else (*base, i), _owners.get(), list(ids), params, loop.create_future(), len(ids))
         r.u = np.random.Generator(np.random.Philox(key=seed)).random(params.max_tokens).tolist()
         rs.append(r)
     return rs
@@ -515,7 +568,7 @@ class Policy:
         self.format = format or TemplateFormat(tokenizer)
         self.version = 0             # counts updates of the weights; call `updated` after each
         self.engine = _Engine(self)
-        self._layers = set(_layer_types(model.config))
+        self._layers = _layer_types(model)
 
     @property
     def device(self) -> torch.device:
@@ -534,23 +587,25 @@ class Policy:
         if not ids: raise DataError('the context is empty — a model needs at least one token to start from')
         rs = _requests(self, ids, params, key, n)
         for r in rs: self.engine.ask(r)
-        return [await r.future for r in rs]
+        return await asyncio.gather(*(r.future for r in rs))
 
     @contextmanager
     def conversation(
         self,
         key: Key,  # names it; batches follow the order of keys
     ) -> Iterator[None]:  # a `with` block
-        "Join the lockstep for one conversation: its keys and values are kept until the end of the block."
-        self.engine.enter()
-        self.engine.joined.add(key)
-        token = _owner.set(key)
+        "Join the lockstep for one conversation: its keys and values are kept until the end of the block. Conversations may be nested."
+        e, outer = self.engine, _owners.get()
+        e.enter()
+        mine = _free((*outer[-1], *key) if outer else key, e.joined)
+        e.joined.add(mine)
+        token = _owners.set((*outer, mine))
         try: yield
         finally:
-            _owner.reset(token)
-            self.engine.joined.discard(key)
-            self.engine.drop(key)
-            self.engine.wake()
+            _owners.reset(token)
+            e.joined.discard(mine)
+            e.drop(mine)
+            e.wake()
 
     async def release(
         self,
@@ -565,22 +620,25 @@ class Policy:
         self.engine.forget()
 
 # %% ../nbs/01_policy.ipynb #76b620b9
-def _layer_types(config: Any) -> list[str]:
-    "What kinds of attention a model has; refuses those that keep other things than keys and values."
-    kinds = list(config.to_dict().get('layer_types') or ['full_attention'])
-    bad = set(kinds) - {'full_attention', 'sliding_attention'}
-    if bad: raise BackendError(f'{config.model_type} has layers of type {", ".join(sorted(bad))} — only models with full or sliding-window attention can be sampled here — serve it with vLLM')
-    return kinds
+def _layer_types(model: Any) -> tuple[str, ...]:
+    "What kinds of attention a model's config names, or the one kind it has; refuses models that keep other things than keys and values."
+    c = model.config.to_dict()
+    named = c.get('layer_types')
+    kinds = set(named or ['recurrent' if model._is_stateful else 'full_attention'])
+    bad = kinds - {'full_attention', 'sliding_attention'}
+    if bad: raise BackendError(f'{model.config.model_type} has layers of type {", ".join(sorted(bad))} — only models with full or sliding-window attention can be sampled here — serve it with vLLM')
+    return tuple(sorted(kinds)) if named else ('sliding window',) if c.get('sliding_window') else ()
 
 # %% ../nbs/01_policy.ipynb #c947e757
-def _masks(cols: Tensor, width: int, layers: set[str], window: int | None, dtype: torch.dtype, additive: bool) -> Tensor | dict[str, Tensor]:
-    "Which of the `width` columns each token [R, T] sees: [R, 1, T, width], by kind of layer where there is more than one."
+def _masks(cols: Tensor, width: int, layers: tuple[str, ...], window: int | None, dtype: torch.dtype, additive: bool) -> Tensor | dict[str, Tensor]:
+    "Which of the `width` columns each token [R, T] sees: [R, 1, T, width], by kind of layer where the config names the kinds."
     grid = torch.arange(width, device=cols.device)[None, None]
     full = (grid <= cols[:, :, None]) & ((grid > 0) | (cols == 0)[:, :, None])
     def shape(m: Tensor) -> Tensor:
         return torch.zeros(m.shape, dtype=dtype, device=m.device).masked_fill(~m, torch.finfo(dtype).min)[:, None] if additive else m[:, None]
-    if layers == {'full_attention'}: return shape(full)
+    if 'sliding' not in ' '.join(layers): return shape(full)
     near = full & (grid > cols[:, :, None] - (window or width))
+    if layers == ('sliding window',): return shape(near)
     return {'full_attention': shape(full), 'sliding_attention': shape(near)}
 
 # %% ../nbs/01_policy.ipynb #f4a8ef7b
@@ -590,7 +648,8 @@ def _pass(policy: Policy, cache: Any, ids: np.ndarray, cols: np.ndarray, rows: s
     at = torch.from_numpy(cols).to(dev)
     cache.plan(rows if isinstance(rows, slice) else rows.to(dev), at, width, n_slots)
     mask = _masks(at, width, policy._layers, config.to_dict().get('sliding_window'), policy.model.dtype, config._attn_implementation != 'sdpa')
-    out = policy.model(input_ids=torch.from_numpy(ids).to(dev), position_ids=(at - 1).clamp(min=0), attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    try: out = policy.model(input_ids=torch.from_numpy(ids).to(dev), position_ids=(at - 1).clamp(min=0), attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    except (TypeError, ValueError, RuntimeError) as e: raise BackendError(f'a forward pass of {config.model_type} failed: {e} — {ids.shape[0]} rows of {ids.shape[1]} tokens over {width} columns') from e
     return out.logits[:, -1]
 
 # %% ../nbs/01_policy.ipynb #0e95fcae
@@ -697,17 +756,19 @@ def load_policy(
     revision: str | None = None,           # of a model on the hub
 ) -> Policy:                               # raises `BackendError` when it cannot be had
     "Any causal language model, by folder or by name. Only safetensors are read; no remote code is run."
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     where = str(name_or_path)
     try:
         with _no_bars():
             tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
             model = AutoModelForCausalLM.from_pretrained(where, revision=revision, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, SafetensorError) as e:
         raise BackendError(f'cannot load the model {where!r} — expected a folder with config.json, model.safetensors and a tokenizer, or a name on the hub that can be reached — {str(e).splitlines()[0][:160]}') from None
     for p in model.parameters(): p.data = p.data.clone()  # out of the mapped file, aligned as new weights are: the same bits come out
     f = Path(where) / 'policy.json'
     about = json.loads(f.read_text()) if f.is_file() else {}
+    if about.get('format', 'TemplateFormat') not in ('CompactFormat', 'TemplateFormat'): raise BackendError(f'{where} was saved with the format {about["format"]} — only CompactFormat and TemplateFormat are known here — load the model, and give your format to Policy')
     where_to: Any = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     policy = Policy(model.to(where_to), tokenizer,
                     CompactFormat(tokenizer) if about.get('format') == 'CompactFormat' else None, about.get('name', where))
