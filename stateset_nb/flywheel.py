@@ -444,8 +444,7 @@ def write_report(
     who = lambda key: w.tests[key].agent
     level = lambda t: _rate(t.success) if desk else (lambda i: f'{i.value:.3f} ({i.low:.3f} to {i.high:.3f})')(t.mean(metric))
     parts = [f'<h1>{"Support desk" if desk else html.escape(Path(str(w.config.conversations)).name)}: did practice make the agent better?</h1>',
-             f'<p class="verdict {verdict["verdict"]}">{html.escape(verdict["sentence"])}<br><small>{_MEANS[verdict["verdict"]]}'
-             + (f' About {verdict["n_more"]} more scenarios are needed.' if verdict['n_more'] else '') + '</small></p>',
+             f'<p class="verdict {verdict["verdict"]}">{html.escape(verdict["sentence"])}<br><small>{_MEANS[verdict["verdict"]]}</small></p>',
              '<h2>Everybody on the same held-out scenarios</h2>', _table(['who', f'{metric} (95 % interval)'], [(t.agent, level(t)) for t in w.tests.values()]),
              _table(['compared with', 'after', 'difference (points)' if desk else 'difference', 'verdict'], [(who(r['before_is']), who(r['after_is']), _span(r, 100 if desk else 1), r['verdict'].replace('_', ' ')) for r in verdict['comparisons']]),
              '<h2>How it learnt</h2>', _figure(lambda axes: _plot_curves(axes, log), 11, 3, 3), *(_desk_parts(w) if desk else _logs_parts(w, log, metric)), '<h2>Settings</h2>', _settings(w.folder)]
