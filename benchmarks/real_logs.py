@@ -99,7 +99,8 @@ def markdown(doc: dict) -> str:
     left = doc['runs'][0]['verdict']['checks']
     return '\n\n'.join(['# Real logs through `improve`', f'{s["conversations"]} conversations ({s["rated"]} rated, {s["tool_calls"]} tool calls, the longest of {s["longest_messages"]} messages and {s["longest_characters"]} characters). '
         f'{s["learnt_from"]} are learnt from, {s["prompts_to_practise_on"]} prompts are practised on and {s["prompts_held_out"]} held out; {left["too_long"]} prompts are too long for the context and left out.',
-        'The policy is tiny and made on the spot: it does not come to answer sensibly, as the examples show. What is tested is the path, and whether the verdict says plainly what practice did.', *parts,
+        'The policy is tiny and made on the spot: it does not come to answer sensibly, as the examples show. What is tested is the path, and whether the verdict says plainly what practice did. '
+        'Overlap of words is a coarse judge, too: babble that is longer can score above a short reply. Read the answers before you believe a figure.', *parts,
         '## Made with', f'{doc["date"]}; {doc["threads"]} threads; ' + ', '.join(f'{k} {v}' for k, v in doc['versions'].items()) + '. Data: tau-bench (MIT) and hh-rlhf (MIT). Made by `benchmarks/real_logs.py`.']) + '\n'
 
 def main() -> None:
