@@ -10,7 +10,7 @@ benchmarks/results/support_desk.{json,md,png}; --quick and --smoke write to benc
 
 CPU seconds are those of the process, over all its threads (time.process_time). The *rival of equal compute* clones the
 successful logs for at least as many CPU seconds as cloning all logs and practice took together: the seconds a step takes are
-measured on a short run, the steps are chosen with a tenth to spare, and the clone is made again with more if it fell short.
+measured on a short run, the steps are chosen with a quarter to spare, and the clone is made again with more if it fell short.
 """
 import argparse, asyncio, json, os, platform, shutil, sys, time
 from collections.abc import Sequence
@@ -105,7 +105,7 @@ def equal_compute(c: ImproveConfig, folder: Path, need: float) -> dict:
     _, fixed, each, _, _ = make(40)
     steps, tries = 40, 0
     while True:
-        steps, tries = max(steps + 1, int(1.1 * (need - fixed) / each)), tries + 1
+        steps, tries = max(steps + 1, int(1.25 * (need - fixed) / each)), tries + 1
         print(f'cloning the {len(good)} successful logs for {steps} steps (equal compute: {need:.0f} CPU seconds)', flush=True)
         policy, fixed, each, cpu, wall = make(steps)
         if cpu >= need or tries == 4: break
@@ -203,7 +203,7 @@ def checks_of(record: dict) -> dict[str, tuple[bool, str]]:
         f'rare rule ({RARE}) as served: at least 90 %': (rare is not None and rare['value'] >= .9, 'none in the test' if rare is None else f'{100 * rare["value"]:.1f} % of {rare["n"]}'),
         'clone within 5 points of its logs, sampled': (abs(record['clone_minus_logs']) <= .05, f'{100 * record["clone_minus_logs"]:+.1f}'),
         'digits copied right: at least 95 %': (record['copies_numbers'] >= .95, f'{100 * record["copies_numbers"]:.1f} %'),
-        'the demo takes at most 8 minutes': (wall <= 480, f'{wall / 60:.1f} min (CPU {cpu / 60:.1f} min on {record["threads"]} threads)'),
+        'the demo takes at most 8 CPU minutes': (cpu <= 480, f'{cpu / 60:.1f} min on {record["threads"]} thread{"s" * (record["threads"] > 1)} (wall {wall / 60:.1f} min, load {record["machine"]["load_before"]} to {record["machine"]["load_after"]})'),
         'the rival of equal compute had as many CPU seconds as clone and practice': (rival['cpu_s'] >= rival['cpu_s_needed'], f'{rival["cpu_s"]:.0f} of {rival["cpu_s_needed"]:.0f} s, {rival["steps"]} steps'),
     }
 
