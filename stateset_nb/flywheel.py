@@ -216,6 +216,11 @@ class _Work:
     @property
     def config(self) -> ImproveConfig: return self.folder.config
 
+    def who(self, name: str) -> str:
+        "A rival's name in reports; a model that was named is no clone."
+        given = {} if self.config.model == 'tiny' else {'clone': f'{self.config.model} as it came', 'trained': f'{self.config.model} after practice'}
+        return given.get(name, RIVALS[name])
+
     def make_clone(self, name: str, logs: Sequence[Conversation], steps: int) -> Policy:
         "A tiny policy that talks like some logs."
         tiny = replace(self.config.clone, steps=steps)
@@ -253,7 +258,7 @@ async def _ready(w: _Work, trials: int = 3) -> dict[str, Any]:
 async def _test(w: _Work, name: str) -> None:
     "Play the held-out scenarios with one policy, sampled and greedy."
     for how, temperature in _DECODING.items():
-        def play(who: str = f'{RIVALS[name]}, {how}', t: float = temperature) -> Awaitable[TestResults]:
+        def play(who: str = f'{w.who(name)}, {how}', t: float = temperature) -> Awaitable[TestResults]:
             return policy_results(w.policies[name], who, w.environment, w.test, t, w.config.training.max_completion_length, stream(w.config.seed, 'test'), w.judge)
         w.tests[f'{name} {how}'] = await w.folder.results(f'{name}-{how}', play)
 
