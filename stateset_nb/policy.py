@@ -370,6 +370,7 @@ class _Engine:
         self.joined: set[Key] = set()              # conversations in lockstep
         self.slots: list[Key] = []                 # slot number -> its conversation
         self.cached: dict[Key, list[int]] = {}     # tokens whose keys and values its slot holds
+        self.leaving: set[Key] = set()             # slots to be freed before the next tick
         self.cache: Any = None
         self.task: asyncio.Task[None] | None = None
         self.moved: asyncio.Event | None = None
@@ -439,13 +440,18 @@ class _Engine:
     def forget(self) -> None:
         "Drop everything the slots hold: the weights changed."
         self.again(self.active)
-        self.slots, self.cached, self.cache = [], {}, None
+        self.slots, self.cached, self.cache, self.leaving = [], {}, None, set()
 
 # %% ../nbs/01_policy.ipynb #3dad2019
+def _clear(e: _Engine) -> None:
+    "Free the slots that are no longer needed, in the order of keys: where the others lie must not depend on who left first."
+    e.leaving |= {r.key for r in [*e.queue, *e.active] if r.future.done()} - e.joined
+    for key in sorted(e.leaving, key=_rank): e.drop(key)
+    e.leaving.clear()
+
 def _admit(e: _Engine) -> None:
     "Give every waiting request its slot, in the order of keys, and find what its slot already holds."
-    for r in [*e.queue, *e.active]:
-        if r.future.done() and r.key not in e.joined: e.drop(r.key)  # nobody waits for it any more
+    _clear(e)
     e.active = [r for r in e.active if not r.future.done()]
     new, e.queue = sorted((r for r in e.queue if not r.future.done()), key=lambda r: _rank(r.key)), []
     for r in new:
@@ -530,8 +536,7 @@ def context_length(
     policy: Policy,  # any
 ) -> int:            # tokens; a very large number where the model names no limit
     "How many tokens a policy can read."
-    c = policy.model.config.to_dict()
-    return int(c.get('max_position_embeddings') or c.get('n_positions') or sys.maxsize)
+    return policy._context
 
 def _room(policy: Policy, n: int) -> int:
     "How many tokens fit after a context of n."
@@ -569,6 +574,8 @@ class Policy:
         self.version = 0             # counts updates of the weights; call `updated` after each
         self.engine = _Engine(self)
         self._layers = _layer_types(model)
+        c = model.config.to_dict()   # slow, so asked once
+        self._window, self._context = c.get('sliding_window'), int(c.get('max_position_embeddings') or c.get('n_positions') or sys.maxsize)
 
     @property
     def device(self) -> torch.device:
@@ -604,7 +611,8 @@ class Policy:
         finally:
             _owners.reset(token)
             e.joined.discard(mine)
-            e.drop(mine)
+            e.leaving.add(mine)
+            if not e.joined and not e.live(): _clear(e)
             e.wake()
 
     async def release(
@@ -612,7 +620,7 @@ class Policy:
         key: Key,  # the conversation
     ) -> None:
         "Forget a conversation's keys and values."
-        self.engine.drop(key)
+        self.engine.leaving.add(key)
 
     def updated(self) -> None:
         "Say that the weights changed: what was kept of conversations no longer holds."
@@ -647,7 +655,7 @@ def _pass(policy: Policy, cache: Any, ids: np.ndarray, cols: np.ndarray, rows: s
     config, dev = policy.model.config, policy.device
     at = torch.from_numpy(cols).to(dev)
     cache.plan(rows if isinstance(rows, slice) else rows.to(dev), at, width, n_slots)
-    mask = _masks(at, width, policy._layers, config.to_dict().get('sliding_window'), policy.model.dtype, config._attn_implementation != 'sdpa')
+    mask = _masks(at, width, policy._layers, policy._window, policy.model.dtype, config._attn_implementation != 'sdpa')
     try: out = policy.model(input_ids=torch.from_numpy(ids).to(dev), position_ids=(at - 1).clamp(min=0), attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
     except (TypeError, ValueError, RuntimeError) as e: raise BackendError(f'a forward pass of {config.model_type} failed: {e} — {ids.shape[0]} rows of {ids.shape[1]} tokens over {width} columns') from e
     return out.logits[:, -1]
