@@ -4,7 +4,7 @@
 
 # %% ../nbs/30_environments.ipynb #d0cc3cde
 from __future__ import annotations
-import copy, json
+import copy, inspect, json, math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -110,7 +110,8 @@ class AgentUser:
         "Ask the other agent."
         swap = {'user': 'assistant', 'assistant': 'user'}
         seen = [Message(swap[m.role], m.text) for m in messages if m.role in swap and m.text]
-        said = (await self.agent.respond([Message('system', self.persona), *seen], seed=seed)).message.text
+        with self.agent.conversation(('user',)):  # keys and values of its own, where both are one policy
+            said = (await self.agent.respond([Message('system', self.persona), *seen], seed=seed)).message.text
         return None if self.done in said or not said.strip() else Message('user', said)
 
 # %% ../nbs/30_environments.ipynb #41bd8fad
@@ -164,8 +165,10 @@ class ConversationEnvironment(Environment):
         return EpisodeContext(self.scenario, {}, tuple(self.log))
 
     def spawn(self) -> Environment:
-        "A fresh one; user and tools are shared."
-        return copy.copy(self)
+        "A fresh one; user and tools are shared, but a tool that is a method of the environment is the fresh one's."
+        new = copy.copy(self)
+        new.tools = [Tool(t.function.__func__.__get__(new), t.name) if inspect.ismethod(t.function) and t.function.__self__ is self else t for t in self.tools]
+        return new
 
 # %% ../nbs/30_environments.ipynb #5e9cc316
 class _Recorder:
@@ -206,29 +209,36 @@ async def rollout(
     error: str | None = None
     with agent.conversation((order, scenario.id, sample)):
         try:
-            talk = await env.reset(scenario, stream(seed, scenario.id, 'environment'))
+            talk = list(await env.reset(scenario, stream(seed, scenario.id, 'environment')))
             schemas = [t.schema for t in env.tools] or None
             for turn in range(max_turns):
                 try: reply = await agent.respond(talk, schemas, stream(seed, scenario.id, sample, turn))
                 except ContextFull:
                     if not rewards: raise
                     last = await env.cut()
-                    rewards[-1] += last.reward
+                    rewards[-1] += _finite(last)
                     break
                 rec.add(reply); talk.append(reply.message); version = reply.policy_version
                 last = await env.step(reply.message) if reply.finish_reason == 'stop' else await env.cut()
-                talk += last.messages; rewards.append(last.reward)
+                talk += last.messages; rewards.append(_finite(last))
                 if last.terminated or last.truncated: break
             else:
                 last = await env.cut()
-                rewards[-1] += last.reward
+                rewards[-1] += _finite(last)
             if reward_fn is not None: parts = await _add_reward(reward_fn, talk, env.context(), rewards)
         except Exception as e: error = f'{type(e).__name__}: {e}'
-        finally: await env.close()
+        finally:
+            try: await env.close()
+            except Exception as e: error = error or f'{type(e).__name__}: {e}'
     return Trajectory(f'{scenario.id}/{sample}', scenario.id, seed, tuple(talk), rec.done(), tuple(rewards), parts,
                       last.terminated, last.truncated, error, version, last.info)
 
 # %% ../nbs/30_environments.ipynb #52b2741f
+def _finite(step: Step) -> float:
+    "The reward of a turn; raises where it is no number to learn from."
+    if not math.isfinite(step.reward): raise DataError(f'the environment gave reward={step.reward} — must be finite — find the division or the logarithm behind it')
+    return step.reward
+
 async def _add_reward(reward_fn: RewardFunction, talk: list[Message], context: EpisodeContext, rewards: list[float]) -> dict[str, float]:
     "Ask a reward function about a finished episode, and add what it says to the last turn."
     r = await reward_fn.compute_reward(talk, context)
@@ -616,6 +626,18 @@ async def check_environment(
 ) -> list[str]:                # breaches of the contract, in words; empty when it keeps it
     "Play an environment with a stub and name what it does wrong."
     found: list[str] = []
+    was = json.dumps(scenario.to_dict(), sort_keys=True)
+    said = [r if isinstance(r, Message) else Message('assistant', r) for r in replies]
+    try:
+        found += await _check_start(environment, scenario)
+        found += await _check_steps(environment.spawn(), scenario, said)
+    except Exception as e: found.append(f'it raises {type(e).__name__}: {e}')
+    if json.dumps(scenario.to_dict(), sort_keys=True) != was: found.append('it changes the scenario — the next episode would start from what this one left; copy what you change')
+    return found
+
+async def _check_start(environment: Environment, scenario: Scenario) -> list[str]:
+    "Breaches before the first turn."
+    found: list[str] = []
     a, b = environment.spawn(), environment.spawn()
     if a is b or a is environment: found.append('spawn() returns the same object — episodes that run side by side would share their state')
     first, second = await a.reset(scenario, 7), await b.reset(scenario, 7)
@@ -623,11 +645,15 @@ async def check_environment(
     if not first: found.append('reset() returns no messages — the agent has nothing to answer')
     if [m.to_dict() for m in first] != [m.to_dict() for m in second]: found.append('reset() with the same scenario and seed gives different messages — siblings of a group must start alike')
     if any(not isinstance(t, Tool) for t in a.tools): found.append('tools holds something that is not a Tool — wrap functions as Tool(function)')
-    return found + await _check_steps(a, [r if isinstance(r, Message) else Message('assistant', r) for r in replies])
+    elif any(inspect.ismethod(t.function) and isinstance(t.function.__self__, Environment) and t.function.__self__ is not a for t in a.tools):
+        found.append('tools are methods of another environment — spawn() must give the fresh one tools of its own')
+    for env in (a, b): await env.close()
+    return found
 
-async def _check_steps(env: Environment, replies: Sequence[Message]) -> list[str]:
+async def _check_steps(env: Environment, scenario: Scenario, replies: Sequence[Message]) -> list[str]:
     "Breaches of the steps of one episode."
     found: list[str] = []
+    await env.reset(scenario, 7)
     for turn in range(64):
         step = await env.step(replies[min(turn, len(replies) - 1)])
         if not isinstance(step, Step): return [*found, f'step() returns {type(step).__name__} — expected a Step']
@@ -638,4 +664,5 @@ async def _check_steps(env: Environment, replies: Sequence[Message]) -> list[str
     else: found.append('the episode does not end within 64 turns — say terminated=True, or cut it')
     cut = await env.cut()
     if cut.info.get('success'): found.append('cut() calls an unfinished episode a success')
+    await env.close()
     return found
