@@ -611,7 +611,7 @@ async def play_clerks(
     return [await _clerk_talk(s, habits or ClerkHabits(), stream('clerk', seed, s.id)) for s in scenarios]
 
 def support_desk_logs(
-    n: int = 3000,                        # conversations
+    n: int = 2000,                        # conversations
     seed: int = 0,                        # of scenarios and clerks
     habits: ClerkHabits | None = None,    # how good the clerks are; mixed unless given
 ) -> list[Conversation]:                  # with `success`, `requests` and `difficulty` in the metadata

@@ -34,7 +34,7 @@ class ImproveConfig(Record):
     model: str = 'tiny'               # 'tiny' makes a small policy on the spot; else a folder or a name on the Hugging Face hub
     out: str = 'runs/improve'         # folder of the run
     seed: int = 0                     # of everything random
-    logs: int = 3000                  # conversations that the desk's clerks leave
+    logs: int = 2000                  # conversations that the desk's clerks leave
     practice: int = 4000              # scenarios to practise on
     scenarios: int = 200              # held-out scenarios (of the desk) or prompts (of logs) of the verdict, at most
     margin: float = 0.05              # the loss of success we would put up with; for logs, as a share of the clone's figure

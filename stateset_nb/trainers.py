@@ -4,7 +4,7 @@
 
 # %% ../nbs/32_trainers.ipynb #0497fb08
 from __future__ import annotations
-import asyncio, copy, json, math, os, re, shutil, time
+import asyncio, copy, json, math, os, re, shutil, threading, time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .core import ConfigError, DataError, NotTrained, Record, Scenario, StateSetError, TrajectoryGroup, check_keys, progress_bar, run_sync, stream, write_text
@@ -65,7 +66,7 @@ class TrainingConfig(Record):
             v = self.__dict__[name]
             if isinstance(v, bool) or not isinstance(v, (int, float)) or not ok(v): raise ConfigError(f'{name}={v!r} — must be {want}')
         for name, kinds in _CHOICES.items():
-            if self.__dict__[name] not in kinds: raise ConfigError(f'{name}={self.__dict__[name]!r} — expected one of {", ".join(kinds)}')
+            if self.__dict__[name] not in kinds: raise ConfigError(f'{name}={self.__dict__[name]!r} — expected one of {", ".join(map(str, kinds))}')
 
     @classmethod
     def from_profile(
@@ -85,24 +86,25 @@ class TrainingProfile(Enum):
     AGGRESSIVE = {'learning_rate': 5e-5, 'epsilon_high': 0.4, 'num_iterations': 2}
     TINY = {'learning_rate': 5e-4, 'lr_scheduler_type': 'linear', 'prompts_per_step': 16, 'max_completion_length': 48}  # for models made on the spot
 
-_count, _positive, _nonneg = (lambda v: v == int(v) >= 1, 'a whole number, at least 1'), (lambda v: 0 < v < math.inf, 'above 0'), (lambda v: 0 <= v < math.inf, '0 or more')
+_count, _whole = (lambda v: isinstance(v, int) and v >= 1, 'a whole number, at least 1'), (lambda v: isinstance(v, int) and v >= 0, 'a whole number, 0 or more')
+_positive, _nonneg = (lambda v: 0 < v < math.inf, 'above 0'), (lambda v: 0 <= v < math.inf, '0 or more')
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys('num_episodes prompts_per_step max_completion_length max_turns num_iterations micro_batch_tokens rollout_limit save_total_limit'.split(), _count),
-    'num_generations': (lambda v: v == int(v) >= 2, 'a whole number, at least 2: advantages compare siblings'),
+    'num_generations': (lambda v: isinstance(v, int) and v >= 2, 'a whole number, at least 2: advantages compare siblings'),
     **dict.fromkeys('temperature learning_rate max_grad_norm epsilon epsilon_high'.split(), _positive),
-    **dict.fromkeys('warmup_steps weight_decay beta seed eval_steps save_steps'.split(), _nonneg), 'gamma': (lambda v: 0 <= v <= 1, 'from 0 to 1')}
-_CHOICES = {'lr_scheduler_type': ('constant', 'linear', 'cosine'), 'loss_type': LOSS_TYPES, 'importance_sampling_level': ('token', 'sequence'),
+    **dict.fromkeys('warmup_steps seed eval_steps save_steps'.split(), _whole), **dict.fromkeys('weight_decay beta'.split(), _nonneg), 'gamma': (lambda v: 0 <= v <= 1, 'from 0 to 1')}
+_CHOICES: dict[str, Sequence[Any]] = {'scale_rewards': (True, False), 'mask_truncated_completions': (True, False), 'lr_scheduler_type': ('constant', 'linear', 'cosine'), 'loss_type': LOSS_TYPES, 'importance_sampling_level': ('token', 'sequence'),
             'kl': KL_KINDS, 'turn_credit': ('outcome', 'turn')}
 
 # %% ../nbs/32_trainers.ipynb #98d26b84
 class TrainingRun:
     "The handle of a run: start, pause, resume, stop, knobs, listeners. May be used from any thread."
-    knobs: dict[str, Callable[[float], bool]] = {'learning_rate': lambda v: v > 0, 'temperature': lambda v: v > 0, 'epsilon': lambda v: v > 0,
-                                                 'epsilon_high': lambda v: v > 0, 'beta': lambda v: v >= 0, 'max_grad_norm': lambda v: v > 0}
+    knobs = {k: _RANGES[k] for k in ('learning_rate', 'temperature', 'epsilon', 'epsilon_high', 'beta', 'max_grad_norm')}  # name -> (what it may be, in words)
 
     def __init__(self) -> None:
         self.state = 'ready'                      # 'ready', 'running', 'paused', 'stopped' or 'done'
         self.pending: dict[str, float] = {}       # knobs turned since the last boundary
+        self.lock = threading.Lock()
         self.listeners: list[Callable[[str, dict[str, Any]], None]] = []  # called with (event, details)
 
     def _to(self, state: str, **details: Any) -> None:
@@ -138,13 +140,14 @@ class TrainingRun:
     ) -> None:
         "Change a setting while the run goes on."
         check_keys([name], self.knobs, 'TrainingRun', ConfigError)
-        if not self.knobs[name](value): raise ConfigError(f'{name}={value!r} — out of range')
-        self.pending[name] = value
+        ok, want = self.knobs[name]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not ok(value): raise ConfigError(f'{name}={value!r} — must be {want}')
+        with self.lock: self.pending = self.pending | {name: value}
 
     async def gate(self) -> dict[str, Any]:  # the knobs that were turned since the last boundary
         "Called by the trainer at a boundary: waits while paused, hands over the knobs that were turned."
         while self.state == 'paused': await asyncio.sleep(0.02)
-        turned, self.pending = self.pending, {}
+        with self.lock: turned, self.pending = self.pending, {}
         return turned
 
 # %% ../nbs/32_trainers.ipynb #b78a8bf4
@@ -271,8 +274,12 @@ def last_checkpoint(
     folder: str | os.PathLike[str],  # a run's folder
 ) -> Path | None:                    # the newest checkpoint in it
     "Where a run can be taken up again."
-    found = [p for p in Path(folder).glob('checkpoint-*') if re.fullmatch(r'checkpoint-\d+', p.name) and (p / 'trainer.json').is_file()]
-    return max(found, key=lambda p: int(p.name.split('-')[1]), default=None)
+    return next(reversed(_checkpoints(Path(folder)).values()), None)
+
+def _checkpoints(folder: Path) -> dict[int, Path]:
+    "Rounds done -> where they were saved, the newest last; what else lies in the folder is not ours."
+    found = [p for p in folder.glob('checkpoint-*') if re.fullmatch(r'checkpoint-\d+', p.name) and (p / 'trainer.json').is_file()]
+    return {int(p.name.split('-')[1]): p for p in sorted(found, key=lambda p: int(p.name.split('-')[1]))}
 
 # %% ../nbs/32_trainers.ipynb #b5e8316f
 class TrainerCallback(Protocol):
@@ -352,6 +359,18 @@ class RunLog:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
 
+    def begin(
+        self,
+        step: int,  # rounds done
+    ) -> None:      # raises `ConfigError` where the checkpoints of another run lie
+        "Be ready for the round after this one; what a killed run left half written is swept up."
+        for p in self.folder.glob('.*'):
+            if not re.fullmatch(r'\.(checkpoint-\d+|metrics\.jsonl|trajectories\.jsonl)\..+', p.name): continue
+            shutil.rmtree(p) if p.is_dir() else p.unlink()
+        later = [p.name for k, p in _checkpoints(self.folder).items() if k > step]
+        if later: raise ConfigError(f'{self.folder} holds {", ".join(later)}, and this run has done {step} rounds — go on with load_checkpoint, or choose another output_dir')
+        self.keep(step)
+
     def write(
         self,
         step: int,                          # rounds done
@@ -369,14 +388,16 @@ class RunLog:
     ) -> None:
         "Drop later rounds, and a line that was cut."
         for f in (self.folder / 'metrics.jsonl', self.folder / 'trajectories.jsonl'):
-            if f.is_file(): write_text(f, ''.join(l for l in f.read_text(encoding='utf-8').splitlines(keepends=True) if l.endswith('\n') and json.loads(l)['step'] <= step))
+            if not f.is_file(): continue
+            whole = f.read_bytes().split(b'\n')[:-1]  # as bytes, at line feeds alone: a cut character, or a strange one in a text, is no reason to stop
+            write_text(f, ''.join(l.decode() + '\n' for l in whole if json.loads(l)['step'] <= step))
 
     def prune(
         self,
         limit: int,  # checkpoints that stay, the newest
     ) -> None:
         "Remove old checkpoints."
-        for p in sorted(self.folder.glob('checkpoint-*'), key=lambda p: int(p.name.split('-')[1]))[:-limit]: shutil.rmtree(p)
+        for p in list(_checkpoints(self.folder).values())[:-limit]: shutil.rmtree(p)
 
 # %% ../nbs/32_trainers.ipynb #09edfdbe
 class _Resumable:
@@ -419,14 +440,17 @@ class _Resumable:
         self.agent._backend = PolicyBackend(policy)
         await self.initialize()
         if self.reference is not None: self.reference = load_policy(Path(path) / 'reference', str(policy.device))
-        _load_optimizer(self.optimizer, Path(path))
+        try: _load_optimizer(self.optimizer, Path(path))
+        except (OSError, ValueError, SafetensorError) as e: raise DataError(f'{path}/optimizer.safetensors cannot be read: {e} — take an earlier checkpoint') from None
         self.step, self.settings = about['step'], TrainingConfig.from_dict(about['settings'] | {k: now[k] for k in allow})
         if self.log is not None: self.log.keep(self.step)
 
 def _read_state(path: Path) -> dict[str, Any]:
     "A checkpoint's `trainer.json`."
-    try: return json.loads((path / 'trainer.json').read_text())
-    except (OSError, ValueError): raise DataError(f'{path} is not a checkpoint — expected a folder with trainer.json, optimizer.safetensors and policy/') from None
+    try: about = json.loads((path / 'trainer.json').read_text())
+    except (OSError, ValueError): about = None
+    if not isinstance(about, dict) or not {'step', 'config', 'settings'} <= about.keys(): raise DataError(f'{path} is not a checkpoint — expected a folder with trainer.json, optimizer.safetensors and policy/')
+    return about
 
 # %% ../nbs/32_trainers.ipynb #cb6cf7f2
 class MultiTurnGRPOTrainer(_Resumable):
@@ -450,6 +474,7 @@ class MultiTurnGRPOTrainer(_Resumable):
         self.scenarios = list(scenarios) if scenarios is not None else list(environment.scenarios) if isinstance(environment, ConversationEnvironment) else []
         if not self.scenarios: raise ConfigError('no scenarios to train on — give scenarios=[...], or an environment that has some')
         self.evaluate, self.callbacks, self.run = evaluate, list(callbacks), run or TrainingRun()
+        if not self.config.beta: self.run.knobs = self.run.knobs | {'beta': (lambda v: v == 0, '0: this run keeps no reference policy — begin it with beta above 0')}
         self.log = RunLog(output_dir) if output_dir is not None else None
         self.step, self.settings, self.policy = 0, self.config, None   # rounds done; the config with knobs turned; after `initialize`
 
@@ -467,23 +492,34 @@ class MultiTurnGRPOTrainer(_Resumable):
         "One round after the other, yielding what each says; ends after `num_episodes`, or when the run is stopped."
         if self.policy is None: await self.initialize()
         assert self.policy is not None
-        if self.run.state == 'ready': self.run.start()
+        if self.log is not None: self.log.begin(self.step)
+        if self.run.state in ('ready', 'done'): self.run.start()
         while self.step < self.config.num_episodes:
             turned = await self.run.gate()
-            if self.run.state == 'stopped': return
+            if self.run.state == 'stopped':
+                if self.log is not None: self.save_checkpoint(self.log.folder / f'checkpoint-{self.step}')
+                return
             if turned: self.settings = replace(self.settings, **turned)
-            times = [time.perf_counter()]
-            groups = await self.play()
-            times.append(time.perf_counter())
-            metrics = play_metrics(groups) | learn(self.policy, self.reference, self.optimizer, groups, self.settings, self.step)
-            times.append(time.perf_counter())
-            metrics |= {'learning_rate': learning_rate_at(self.step, self.settings), 'time/rollout': times[1] - times[0], 'time/update': times[2] - times[1]} | {f'knobs/{k}': v for k, v in turned.items()}
-            self.step += 1
-            if self.evaluate is not None and self.config.eval_steps and self.step % self.config.eval_steps == 0:
-                metrics |= {f'eval/{k}': v for k, v in (await self.evaluate(self.agent)).items()}
-            self._record(metrics, groups)
+            try: metrics = await self._round(self.policy, turned)
+            except Exception as e:
+                self.run.stop(f'{type(e).__name__}: {e}')
+                raise
             yield metrics
         self.run._to('done')
+
+    async def _round(self, policy: Policy, turned: dict[str, float]) -> dict[str, float]:
+        "Play, learn, evaluate, record."
+        times = [time.perf_counter()]
+        groups = await self.play()
+        times.append(time.perf_counter())
+        metrics = play_metrics(groups) | learn(policy, self.reference, self.optimizer, groups, self.settings, self.step)
+        times.append(time.perf_counter())
+        metrics |= {'learning_rate': learning_rate_at(self.step, self.settings), 'time/rollout': times[1] - times[0], 'time/update': times[2] - times[1]} | {f'knobs/{k}': v for k, v in turned.items()}
+        self.step += 1
+        if self.evaluate is not None and self.config.eval_steps and self.step % self.config.eval_steps == 0:
+            metrics |= {f'eval/{k}': v for k, v in (await self.evaluate(self.agent)).items()}
+        self._record(metrics, groups)
+        return metrics
 
     def _record(self, metrics: dict[str, float], groups: Sequence[TrajectoryGroup]) -> None:
         "Tell the callbacks, write the files, save when it is time."
