@@ -213,8 +213,10 @@ class TemplateFormat(ChatFormat):
     def reply_ids(self, message: Message, before: Sequence[Message] = ()) -> tuple[int, ...]:
         "A reply as the template writes it, up to and with the end token."
         asked, full, end = self._render(before, None, True), self._render([*before, message], None, False), self.end
-        if not full.startswith(asked): raise BackendError('this chat template does not extend its own prompt — it cannot be learnt from logs')
-        return self.encode(full[len(asked):].rpartition(end)[0] + end)
+        opening = asked.removeprefix(self._render(before, None, False))
+        if not full.startswith(asked) and opening not in full: raise BackendError('this chat template does not extend its own prompt — it cannot be learnt from logs')
+        said = full[len(asked):] if full.startswith(asked) else full.rpartition(opening)[2]  # a template may rewrite what came before
+        return self.encode(said.rpartition(end)[0] + end)
 
     def parse(self, ids: Sequence[int]) -> Message:
         "Text outside the tags, calls inside them."

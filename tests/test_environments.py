@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from stateset_nb.agents import Agent, AgentConfig, PolicyBackend, Reply
 from stateset_nb.core import DataError, Message, Scenario, StateSetError, ToolCall, Trajectory, TrajectoryGroup
-from stateset_nb.environments import (PERFECT, AgentUser, ClerkHabits, ConversationEnvironment, DeskRequest, Environment, OrderBook, ScriptedUser, Step, SupportDesk, _Clerk, check_environment,
+from stateset_nb.environments import (PERFECT, AgentUser, ClerkHabits, ConversationEnvironment, DeskRequest, Environment, ScriptedUser, Step, SupportDesk, check_environment,
                                       desk_scenarios, play_clerks, right_answer, rollout, rollout_group, rollouts, support_desk_logs)
 from stateset_nb.policy import CompactFormat, Policy, _corpus, make_tokenizer, tiny_model
 from stateset_nb.rewards import RewardFunction, RewardResult

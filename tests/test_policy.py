@@ -3,10 +3,9 @@ import asyncio, json, math
 from dataclasses import replace
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
-from stateset_nb.agents import Agent, AgentConfig, PolicyBackend
+from stateset_nb.agents import Agent, AgentConfig, PolicyBackend, Reply
 from stateset_nb.core import BackendError, ConfigError, Conversation, DataError, Message, SampledTokens, ToolCall, demo_conversations, run_sync
-from stateset_nb.environments import _Recorder, desk_scenarios, support_desk_logs
-from stateset_nb.agents import Reply
+from stateset_nb.environments import _Recorder, support_desk_logs
 from stateset_nb.policy import (CompactFormat, Policy, SamplingParams, TemplateFormat, TinyConfig, _corpus, clone_conversations, conversation_tokens,
                                 load_policy, make_tokenizer, pad_rows, pick_tokens, save_policy, sequence_logps, tiny_model, tiny_policy)
 
@@ -218,7 +217,7 @@ def test_where_keys_and_values_lie_does_not_depend_on_who_left_first(monkeypatch
     async def talk(pol, k, wait):
         with pol.conversation((k,)):
             ctx = CF.start([Message('user', CASTS[k % 6])])
-            for t in range(2 if k in (0, 2, 3) else 5):
+            for _ in range(2 if k in (0, 2, 3) else 5):
                 s, = await pol.sample(ctx, SamplingParams(3, seed=k), key=(k,))
                 ctx = (*ctx, *s.ids, *CF.start([Message('tool', 'x')]))
                 await asyncio.sleep(wait(k))

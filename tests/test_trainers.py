@@ -1,0 +1,474 @@
+"""Attempts to break training: knobs that do nothing, gradients that depend on how they were cut, runs that end otherwise after a kill."""
+import asyncio, json, math, multiprocessing, os, random, signal, threading, time
+from dataclasses import fields, replace
+from pathlib import Path
+import pytest, torch
+from stateset_nb.agents import Agent, AgentConfig, PolicyBackend
+from stateset_nb.core import ConfigError, DataError, Message, NotTrained, Scenario, Segment, StateSetError, Trajectory, TrajectoryGroup
+from stateset_nb.environments import ConversationEnvironment, ScriptedUser, support_desk_logs
+from stateset_nb.policy import TinyConfig, load_policy, save_policy, tiny_policy
+from stateset_nb import trainers
+from stateset_nb.rewards import RewardFunction, RewardResult
+from stateset_nb.trainers import (MultiTurnGRPOTrainer, RunLog, SingleTurnGRPOTrainer, TrainingConfig, TrainingProfile, TrainingRun, backward, credit, last_checkpoint, learn, learning_rate_at, make_rows,
+                                  micro_batches, pick_scenarios)
+
+def soon(awaitable, seconds=120):
+    "Run, and fail rather than hang."
+    async def go(): return await asyncio.wait_for(awaitable, seconds)
+    return asyncio.run(go())
+
+@pytest.fixture(scope='module')
+def start(tmp_path_factory):
+    "A policy that ends its turns now and then, so that talks have several."
+    place = tmp_path_factory.mktemp('start') / 'p'
+    return save_policy(tiny_policy(support_desk_logs(60, 0), 0, TinyConfig(60, 8, hidden_size=32, layers=1, max_tokens=512), cache=False), place)
+
+class Toy(ConversationEnvironment):
+    "Every turn earns something that depends on its words alone."
+    played = now = most = 0
+    def __init__(self): super().__init__([Scenario(f's{i}', (Message('user', q),)) for i, q in enumerate(['Where is order #4712?', 'Cancel order #1234.', 'I want a refund for order #5678.', 'Hello!'])], ScriptedUser(['Well?', 'No! Do it anyway!']))
+    def spawn(self):
+        new = super().spawn()
+        new.top = self.top if self is not new and 'top' in vars(self) else self
+        new.top.now += 1; new.top.most = max(new.top.most, new.top.now)
+        return new
+    async def close(self): self.top.now -= 1
+    async def step(self, message):
+        s = await super().step(message)
+        return replace(s, reward=sum(map(ord, message.text)) % 11 / 10, info={'success': True} if s.terminated else {'success': False} if s.truncated else {})
+
+class Count(RewardFunction):
+    name = 'words'
+    async def compute_reward(self, turns, context=None): return RewardResult(min(1, len(turns[-1].text) / 40))
+
+BASE = TrainingConfig(num_episodes=2, prompts_per_step=2, num_generations=3, max_completion_length=10, max_turns=4, learning_rate=1e-2)
+
+def trainer_of(start, config=BASE, out=None, cls=MultiTurnGRPOTrainer, env=None, **kw): return cls(Agent(AgentConfig('tiny'), PolicyBackend(load_policy(start, 'cpu'))), env or Toy(), Count(), config, output_dir=out, **kw)
+
+def weights(policy): return {k: v.clone() for k, v in policy.model.state_dict().items()}
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+def no_time(m): return {k: v for k, v in m.items() if not k.startswith('time/')}
+
+def lines(f): return [json.loads(l) for l in Path(f).read_text(encoding='utf-8').split('\n')[:-1]]
+
+# No dead settings
+
+FIELDS = {
+    'num_episodes': 3, 'prompts_per_step': 3, 'num_generations': 4, 'max_completion_length': 5, 'max_turns': 1, 'temperature': .5, 'learning_rate': 2e-2, 'lr_scheduler_type': 'linear', 'warmup_steps': 3,
+    'weight_decay': .5, 'max_grad_norm': 1e-3, 'num_iterations': 2, 'loss_type': 'grpo', 'importance_sampling_level': 'sequence', 'scale_rewards': False, 'epsilon': (1e-4, {'num_iterations': 2}),
+    'epsilon_high': (1e-4, {'num_iterations': 2}), 'beta': .5, 'kl': ('k1', {'beta': .5}), 'turn_credit': 'turn', 'gamma': (.3, {'turn_credit': 'turn'}), 'mask_truncated_completions': (True, {'max_turns': 2}),
+    'micro_batch_tokens': 64, 'rollout_limit': 1, 'seed': 7, 'eval_steps': 1, 'save_steps': 1, 'save_total_limit': (1, {'save_steps': 1})}
+
+def recorded(start, config, monkeypatch, tmp_path):
+    "Everything a run leaves behind that somebody could look at."
+    passes, env = [], Toy()
+    with monkeypatch.context() as m:
+        m.setattr(trainers, 'backward', lambda *a, **k: (passes.append(len(a[1])), backward(*a, **k))[1])
+        async def ask(agent): return {'success': .5}
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        t = trainer_of(start, config, out, env=env, evaluate=ask)
+        soon(t.train())
+    return {'metrics': [no_time(x) for x in lines(out / 'metrics.jsonl')], 'trajectories': lines(out / 'trajectories.jsonl'), 'files': sorted(str(p.relative_to(out)) for p in out.rglob('*')), 'passes': passes, 'in flight': env.most,
+            'weights': {k: v.double().sum().item() for k, v in t.policy.model.state_dict().items()}}
+
+def test_every_setting_changes_what_is_recorded(start, monkeypatch, tmp_path):
+    assert set(FIELDS) == {f.name for f in fields(TrainingConfig)}, 'a new setting needs a line here'
+    seen = {}
+    def run(config):
+        if config not in seen: seen[config] = recorded(start, config, monkeypatch, tmp_path)
+        return seen[config]
+    assert recorded(start, BASE, monkeypatch, tmp_path) == run(BASE), 'the same settings, the same record'
+    for name, v in FIELDS.items():
+        value, base = v if isinstance(v, tuple) else (v, {})
+        was = replace(BASE, **base)
+        assert run(replace(was, **{name: value})) != run(was), f'{name} changes nothing'
+
+BAD = {'num_episodes': [0, 1.5, 2.0, math.inf, math.nan, True, '3'], 'prompts_per_step': [0], 'num_generations': [1, 2.5], 'max_completion_length': [0], 'max_turns': [0], 'temperature': [0, -1, math.inf, math.nan], 'learning_rate': [0, math.nan, math.inf, '1e-5'],
+       'lr_scheduler_type': ['Linear', None], 'warmup_steps': [-1, .5], 'weight_decay': [-1, math.nan], 'max_grad_norm': [0, math.inf], 'num_iterations': [0], 'loss_type': ['ppo'], 'importance_sampling_level': ['turn'], 'scale_rewards': ['no', None],
+       'epsilon': [0], 'epsilon_high': [0], 'beta': [-.1], 'kl': ['k4'], 'turn_credit': ['token'], 'gamma': [-.1, 1.1, math.nan], 'mask_truncated_completions': ['false'], 'micro_batch_tokens': [0], 'rollout_limit': [0], 'seed': [-1, .5], 'eval_steps': [-1],
+       'save_steps': [-1], 'save_total_limit': [0]}
+
+def test_settings_out_of_range_are_refused_by_name():
+    assert set(BAD) == set(FIELDS)
+    for k, vs in BAD.items():
+        for v in vs:
+            with pytest.raises(ConfigError, match=k): TrainingConfig(**{k: v})
+    for p in TrainingProfile: assert TrainingConfig.from_dict(json.loads(json.dumps(TrainingConfig.from_profile(p).to_dict()))) == TrainingConfig.from_profile(p)
+    with pytest.raises(ConfigError, match="did you mean 'learning_rate'"): TrainingConfig.from_profile(TrainingProfile.TINY, learning_rat=1)
+
+# Learning
+
+@pytest.fixture(scope='module')
+def round_(start):
+    "The episodes of one round: four groups of four."
+    t = trainer_of(start, replace(BASE, prompts_per_step=4, num_generations=4))
+    soon(t.initialize())
+    groups = soon(t.play())
+    assert len({len(x.turn_rewards) for g in groups for x in g.trajectories}) > 1
+    return groups
+
+def gradient(start, groups, config, rows=None, old=False):
+    "The whole gradient of a round, as `learn` would gather it."
+    p = load_policy(start, 'cpu')
+    p.model.train()
+    rows = rows if rows is not None else [r for r in make_rows(groups, config) if any(r.mask)]
+    every = [r for r in make_rows(groups, config) if any(r.mask)]
+    ref = load_policy(start, 'cpu') if config.beta else None
+    for b in micro_batches(rows, config.micro_batch_tokens):
+        backward(p, b, [torch.tensor(r.logps) + .05 for r in b] if old else None, ref, config, len(every), sum(sum(r.mask) for r in every))
+    return torch.cat([q.grad.flatten() if q.grad is not None else torch.zeros(q.numel()) for q in p.model.parameters()])
+
+def close(a, b, rel=1e-6): assert ((a - b).norm() / b.norm()).item() <= rel, ((a - b).norm() / b.norm()).item()
+
+@pytest.mark.parametrize('config', [BASE, replace(BASE, loss_type='grpo'), replace(BASE, loss_type='dr_grpo'), replace(BASE, importance_sampling_level='sequence', loss_type='grpo'), replace(BASE, beta=.1),
+                                    replace(BASE, turn_credit='turn', gamma=.5), replace(BASE, mask_truncated_completions=True)], ids=lambda c: f'{c.loss_type}-{c.importance_sampling_level}-{c.beta}-{c.turn_credit}')
+def test_the_gradient_does_not_depend_on_how_it_was_cut(start, round_, config):
+    config = replace(config, micro_batch_tokens=10**6)
+    whole = gradient(start, round_, config, old=True)
+    for n in (1, 100, 400): close(gradient(start, round_, replace(config, micro_batch_tokens=n), old=True), whole, 1e-6)
+
+def test_rows_without_an_advantage_teach_nothing(start, round_):
+    flat = [replace(g, trajectories=tuple(replace(t, turn_rewards=(.5,) + (0.,) * (len(t.turn_rewards) - 1)) for t in g.trajectories)) if i % 2 else g for i, g in enumerate(round_)]
+    rows = [r for r in make_rows(flat, BASE) if any(r.mask)]
+    todo = [r for r in rows if any(r.advantages)]
+    assert 0 < len(todo) < len(rows)
+    close(gradient(start, flat, BASE, todo), gradient(start, flat, BASE, rows), 1e-6)
+    p, q = load_policy(start, 'cpu'), load_policy(start, 'cpu')
+    seen = [0, 0]
+    for i, (pol, rows_) in enumerate(((p, None), (q, rows))):
+        opt = torch.optim.AdamW(pol.model.parameters(), 1e-3, weight_decay=0)
+        if rows_ is None: learn(pol, None, opt, flat, BASE)
+        else:
+            pol.model.train()
+            for b in micro_batches(rows_, BASE.micro_batch_tokens): backward(pol, b, None, None, BASE, len(rows), sum(sum(r.mask) for r in rows)); seen[i] += 1
+            trainers._move(pol, opt, learning_rate_at(0, BASE), BASE.max_grad_norm)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(weights(p).values(), weights(q).values()))
+
+def shaped(groups, f): return [replace(g, trajectories=tuple(f(t, i, j) for j, t in enumerate(g.trajectories))) for i, g in enumerate(groups)]
+def worth(t, r, error=None): return replace(t, turn_rewards=(r,) + (0.,) * (len(t.turn_rewards) - 1), error=error)
+
+@pytest.mark.parametrize('r', [0., .9, .1, 1e6, -3.3])
+@pytest.mark.parametrize('credit_', ['outcome', 'turn'])
+def test_equal_rewards_move_nothing(start, round_, r, credit_):
+    p = load_policy(start, 'cpu')
+    was, opt = weights(p), torch.optim.AdamW(p.model.parameters(), 1e-2, weight_decay=0)
+    m = learn(p, None, opt, shaped(round_, lambda t, i, j: worth(t, r)), replace(BASE, turn_credit=credit_))
+    assert same(weights(p), was) and m['loss'] == m['grad_norm'] == 0
+    assert all(not s['exp_avg'].any() and not s['exp_avg_sq'].any() for s in opt.state.values()) and p.version == load_policy(start, 'cpu').version + 1
+
+def test_failed_episodes_are_left_out_of_everything(start, round_):
+    bad = shaped(round_, lambda t, i, j: worth(t, 1e9, 'TimeoutError: x') if j == 2 else t)
+    without = [replace(g, trajectories=tuple(t for j, t in enumerate(g.trajectories) if j != 2)) for g in round_]
+    for config in (BASE, replace(BASE, turn_credit='turn'), replace(BASE, beta=.1, loss_type='grpo')):
+        close(gradient(start, bad, config), gradient(start, without, config), 1e-6)
+        assert [[a.tolist() for j, a in enumerate(g) if j != 2] for g in credit(bad, config)] == [[a.tolist() for a in g] for g in credit(without, config)]
+        assert not any(a.any() for g in credit(bad, config) for a in g[2:3])
+    m = trainers.play_metrics(bad)
+    assert m['error_rate'] == .25 and m['reward'] < 100
+    lone = shaped(round_, lambda t, i, j: t if j == 0 else worth(t, 1., 'x'))
+    assert not gradient(start, lone, BASE).any(), 'one alone has nobody to be compared with'
+
+def test_turns_are_credited_with_what_follows_them():
+    def t(*r): return Trajectory('t', 's', 0, turn_rewards=r)
+    g = [TrajectoryGroup('s', (t(0., 1., 0.), t(0.,), t(1., 1.)))]
+    c = TrainingConfig(turn_credit='turn', gamma=.5, scale_rewards=False)
+    togo = [[.5, 1., 0.], [0., 0., 0.], [1.5, 1., 0.]]
+    mean = [sum(x[k] for x in togo) / 3 for k in range(3)]
+    got = [a.tolist() for a in credit(g, c)[0]]
+    assert [len(a) for a in got] == [3, 1, 2]
+    for a, x in zip(got, togo): assert a == pytest.approx([x[k] - mean[k] for k in range(len(a))])
+    assert [a.tolist() for a in credit(g, replace(c, turn_credit='outcome'))[0]] == [pytest.approx([1 - 1, 0., 0.]), pytest.approx([-1.]), pytest.approx([1., 1.])]
+
+def test_masks_and_spans_carry_the_advantage_of_their_turn():
+    s = Segment((1, 2, 3, 4, 5, 6), (0, 1, 1, 0, 0, 1), (0., -1., -1., 0., 0., -1.), ((1, 3), (5, 6)))
+    fork = Segment((7, 8), (0, 1), (0., -1.), ((1, 2),), 0)
+    a = Trajectory('a', 's', 0, segments=(s, fork), turn_rewards=(1., 0., 2.))
+    b = Trajectory('b', 's', 0, segments=(s,), turn_rewards=(0., 0.), truncated=True)
+    rows = make_rows([TrajectoryGroup('s', (a, b))], TrainingConfig(turn_credit='turn', scale_rewards=False, mask_truncated_completions=True))
+    assert rows[0].advantages == (0, 1.5, 1.5, 0, 0, 1.) and rows[1].advantages == (0, 1.) and rows[2].mask == (0,) * 6
+
+def test_the_reference_pulls_back_and_stays(start, round_):
+    c = replace(BASE, beta=.5, learning_rate=1e-2, weight_decay=0.)
+    p, ref = load_policy(start, 'cpu'), load_policy(start, 'cpu')
+    opt, was = torch.optim.AdamW(p.model.parameters(), 1e-2, weight_decay=0), weights(ref)
+    first = learn(p, ref, opt, round_, c)
+    second = learn(p, ref, opt, round_, c)
+    assert abs(first['kl']) < 1e-6 and second['kl'] > 1e-3 and same(weights(ref), was)
+    flat = shaped(round_, lambda t, i, j: worth(t, .5))
+    kls = [learn(p, ref, opt, flat, c)['kl'] for _ in range(6)]
+    assert kls[-1] < kls[0], 'where nobody is better, only the reference speaks'
+    alone = [learn(q, None, o, round_, replace(c, beta=0.)) for q in [load_policy(start, 'cpu')] for o in [torch.optim.AdamW(q.model.parameters(), 1e-2)]]
+    assert 'kl' not in alone[0] or math.isfinite(alone[0]['kl'])
+
+def test_the_second_update_on_the_same_episodes_knows_the_first(start, round_):
+    c = replace(BASE, num_iterations=2, learning_rate=3e-2, epsilon=.05, epsilon_high=.05)
+    p = load_policy(start, 'cpu')
+    m = learn(p, None, torch.optim.AdamW(p.model.parameters(), 3e-2, weight_decay=0), round_, c)
+    one = load_policy(start, 'cpu')
+    first = learn(one, None, torch.optim.AdamW(one.model.parameters(), 3e-2, weight_decay=0), round_, replace(c, num_iterations=1))
+    clip = next(k for k in m if 'clip_ratio' in k and 'mean' in k or k == 'clip_ratio')
+    assert m[clip] > 0 == first[clip]
+    rows = [r for r in make_rows(round_, c) if any(r.mask) and any(r.advantages)]
+    n = [r for r in make_rows(round_, c) if any(r.mask)]
+    old = []
+    base = load_policy(start, 'cpu'); base.model.train()
+    with torch.no_grad():
+        for b in micro_batches(rows, 8192): old += [lp for lp in trainers.sequence_logps(base, trainers.pad_rows([r.ids for r in b]), trainers.pad_rows([r.mask for r in b]))[0]]
+    one.model.train(); total = 0.
+    i = 0
+    for b in micro_batches(rows, 8192):
+        loss, _, _ = backward(one, b, [o[:len(r.ids)] for o, r in zip(old[i:], b)], None, c, len(n), sum(sum(r.mask) for r in n))
+        total += loss; i += len(b)
+    assert m['loss'] == pytest.approx(total, rel=1e-4, abs=1e-7)
+
+@pytest.mark.parametrize('breaks', ['weights', 'gradient'])
+def test_a_loss_that_is_no_number_stops_the_run_and_says_so(start, tmp_path, breaks):
+    t, events = trainer_of(start, out=tmp_path / 'r'), []
+    t.run.listeners.append(lambda state, more: events.append((state, more)))
+    async def go():
+        async for _ in t.steps():
+            if breaks == 'gradient': next(iter(t.policy.model.parameters())).register_hook(lambda g: g * math.inf)
+            else:
+                with torch.no_grad(): t.policy.model.lm_head.weight[0, 0] = math.nan
+            t.policy.updated()
+    with pytest.raises(StateSetError, match='not finite|the loss is|gradient is|every one of'): soon(go())
+    assert t.run.state == 'stopped' and events[-1][0] == 'stopped' and events[-1][1]['reason']
+
+def test_every_episode_failing_stops_the_run(start):
+    class Fails(Toy):
+        async def reset(self, scenario, seed): raise TimeoutError('nobody there')
+    t = trainer_of(start, env=Fails())
+    with pytest.raises(StateSetError, match='nobody there'): soon(t.train())
+    assert t.run.state == 'stopped'
+
+def test_scenarios_come_once_before_any_comes_twice():
+    many = [Scenario(f's{i}') for i in range(7)]
+    c = TrainingConfig(prompts_per_step=3, seed=4)
+    drawn = [s.id for step in range(7) for s in pick_scenarios(many, step, c)]
+    assert all(sorted(drawn[i:i + 7]) == sorted(s.id for s in many) for i in range(0, 21, 7)) or len(drawn) < 21
+    assert pick_scenarios(many, 5, c) == pick_scenarios(many, 5, c) != pick_scenarios(many, 5, replace(c, seed=5))
+    assert len(pick_scenarios(many[:2], 0, c)) == 2
+
+def test_learning_rates_rise_and_fall():
+    c = TrainingConfig(num_episodes=10, learning_rate=1., warmup_steps=4)
+    assert [learning_rate_at(i, c) for i in range(5)] == [.25, .5, .75, 1, 1]
+    for kind in ('linear', 'cosine'):
+        r = [learning_rate_at(i, replace(c, warmup_steps=0, lr_scheduler_type=kind)) for i in range(10)]
+        assert r[0] == 1 and r == sorted(r, reverse=True) and 0 < r[-1] <= .1
+
+# The handle
+
+class Watched(TrainingRun):
+    "Says when the trainer waits at its gate."
+    def __init__(self): super().__init__(); self.waits = threading.Event()
+    async def gate(self):
+        if self.state == 'paused': self.waits.set()
+        return await super().gate()
+
+class Log:
+    "A callback that lets other threads follow."
+    def __init__(self): self.rows, self.came = [], threading.Condition()
+    def on_log(self, step, metrics):
+        with self.came: self.rows.append((step, metrics)); self.came.notify_all()
+    def wait(self, n):
+        with self.came: assert self.came.wait_for(lambda: len(self.rows) >= n, 60)
+
+def test_a_run_is_led_from_another_thread(start, tmp_path):
+    run, log, events = Watched(), Log(), []
+    run.listeners.append(lambda state, more: events.append(state))
+    t = trainer_of(start, replace(BASE, num_episodes=10_000, learning_rate=1e-4), tmp_path / 'r', run=run, callbacks=[log])
+    th = threading.Thread(target=lambda: asyncio.run(t.train()))
+    th.start()
+    try:
+        log.wait(1)
+        run.pause('look')
+        assert run.waits.wait(60)
+        n = len(log.rows)
+        time.sleep(.1)
+        assert len(log.rows) == n and run.state == 'paused'
+        run.set_knob('learning_rate', 7e-4); run.set_knob('temperature', .5)
+        for bad in (('learning_rate', -1), ('learning_rate', math.inf), ('learning_rate', math.nan), ('learning_rate', '1'), ('temperature', True), ('beta', .1), ('seed', 1)):
+            with pytest.raises(ConfigError): run.set_knob(*bad)
+        run.resume()
+        log.wait(n + 2)
+    finally:
+        run.stop('enough')
+        th.join(60)
+    assert not th.is_alive() and events[0] == 'running' and events[1:4] == ['paused', 'running', 'stopped']
+    step, m = log.rows[n]
+    assert m['knobs/learning_rate'] == m['learning_rate'] == 7e-4 and m['knobs/temperature'] == .5 and 'knobs/temperature' not in log.rows[n + 1][1] and log.rows[n + 1][1]['learning_rate'] == 7e-4
+    assert [s for s, _ in log.rows] == list(range(1, len(log.rows) + 1)) == [r['step'] for r in lines(tmp_path / 'r' / 'metrics.jsonl')]
+    saved = last_checkpoint(tmp_path / 'r')
+    assert saved.name == f'checkpoint-{len(log.rows)}', 'what was learnt is kept on disk too'
+    again = trainer_of(start, replace(BASE, num_episodes=len(log.rows) + 1, learning_rate=1e-4), tmp_path / 'r')
+    soon(again.load_checkpoint(saved))
+    assert again.settings.temperature == .5 and again.settings.learning_rate == 7e-4, 'and so are the knobs'
+    soon(again.train())
+    assert lines(tmp_path / 'r' / 'metrics.jsonl')[-1]['learning_rate'] == 7e-4
+
+def test_knobs_are_settings_and_a_reference_is_needed_for_beta(start):
+    assert set(TrainingRun.knobs) <= set(FIELDS)
+    t = trainer_of(start, replace(BASE, beta=.1))
+    t.run.set_knob('beta', 0); t.run.set_knob('beta', .2)
+    with pytest.raises(ConfigError, match='keeps no reference'): trainer_of(start).run.set_knob('beta', .2)
+    TrainingRun().set_knob('beta', .2)
+    soon(t.train())
+
+def test_stopped_before_it_began_and_begun_again(start):
+    t = trainer_of(start)
+    t.run.stop()
+    assert soon(t.train()) is t.agent and t.step == 0 and t.run.state == 'stopped'
+    t.run.start()
+    soon(t.train())
+    assert t.step == 2 and t.run.state == 'done'
+    t.run.pause(); assert t.run.state == 'done'
+    t2 = trainer_of(start, run=t.run)
+    soon(t2.train())
+    assert t2.step == 2
+
+def test_evaluate_and_callbacks_are_told(start, tmp_path):
+    asked = []
+    async def ask(agent): asked.append(agent.policy.version); return {'success': .25, 'n': 4}
+    log = Log()
+    t = trainer_of(start, replace(BASE, num_episodes=5, eval_steps=2), tmp_path / 'r', evaluate=ask, callbacks=[log, log])
+    ms = []
+    async def go():
+        async for m in t.steps(): ms.append(m)
+    soon(go())
+    assert [m.get('eval/success') for m in ms] == [None, .25, None, .25, None] and len(asked) == 2 and asked[0] < asked[1]
+    assert [s for s, _ in log.rows] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5] and [no_time(m) for m in ms] == [no_time(m) for _, m in log.rows[::2]]
+    assert lines(tmp_path / 'r' / 'metrics.jsonl') == [{'schema': 1, 'step': i + 1} | m for i, m in enumerate(ms)]
+    for d in lines(tmp_path / 'r' / 'trajectories.jsonl'): Trajectory.from_dict({k: v for k, v in d.items() if k != 'step'})
+
+def test_single_turns(start):
+    class Answers(Toy):
+        def __init__(self): super().__init__(); self.user = None
+    t = trainer_of(start, env=Answers(), cls=SingleTurnGRPOTrainer)
+    groups = None
+    async def go():
+        await t.initialize()
+        return await t.play()
+    groups = soon(go())
+    assert all(len(x.turn_rewards) == 1 for g in groups for x in g.trajectories)
+    soon(t.train())
+    assert t.step == 2
+
+def test_what_cannot_be_trained_is_said(start, tmp_path):
+    with pytest.raises(ConfigError, match='no scenarios'): MultiTurnGRPOTrainer(Agent(AgentConfig('stub')), ConversationEnvironment())
+    with pytest.raises(ConfigError, match='no local policy'): soon(MultiTurnGRPOTrainer(Agent(AgentConfig('stub')), Toy()).train())
+    with pytest.raises(NotTrained): trainer_of(start).save_checkpoint(tmp_path / 'c')
+    with pytest.raises(ConfigError, match='sequence'): soon(trainer_of(start, replace(BASE, importance_sampling_level='sequence', turn_credit='turn', max_completion_length=120)).train())
+
+# Files
+
+def test_checkpoints_are_kept_counted_and_never_pickles(start, tmp_path):
+    out = tmp_path / 'r'
+    (out / 'checkpoint-best').mkdir(parents=True); (out / 'checkpoint-notes.txt').write_text('mine')
+    t = trainer_of(start, replace(BASE, num_episodes=5, save_steps=2, save_total_limit=2), out)
+    soon(t.train())
+    assert sorted(p.name for p in out.iterdir()) == ['checkpoint-4', 'checkpoint-5', 'checkpoint-best', 'checkpoint-notes.txt', 'metrics.jsonl', 'trajectories.jsonl']
+    assert last_checkpoint(out).name == 'checkpoint-5' and last_checkpoint(tmp_path) is None
+    assert {p.suffix for p in (out / 'checkpoint-5').rglob('*') if p.is_file()} == {'.json', '.safetensors'}
+    with pytest.raises(ConfigError, match='holds checkpoint-4, checkpoint-5'): soon(trainer_of(start, out=out).train())
+    late = trainer_of(start, replace(BASE, num_episodes=5, save_steps=2), out)
+    soon(late.load_checkpoint(out / 'checkpoint-4'))
+    with pytest.raises(ConfigError, match='holds checkpoint-5'): soon(late.train())
+
+def test_a_checkpoint_that_is_none_or_another_s_is_refused(start, tmp_path):
+    t = trainer_of(start, replace(BASE, num_episodes=1), tmp_path / 'r')
+    soon(t.train())
+    good = tmp_path / 'r' / 'checkpoint-1'
+    def broken(name, f):
+        import shutil
+        p = shutil.copytree(good, tmp_path / name); f(p)
+        return p
+    def load(p, **kw): soon(trainer_of(start, replace(BASE, num_episodes=1, **kw)).load_checkpoint(p))
+    load(good)
+    for name, f, error in (('none', lambda p: (p / 'trainer.json').unlink(), DataError), ('cut', lambda p: (p / 'trainer.json').write_text('{"step'), DataError), ('empty', lambda p: (p / 'trainer.json').write_text('{}'), DataError),
+                           ('moments', lambda p: (p / 'optimizer.safetensors').write_bytes(b'x'), DataError), ('no moments', lambda p: (p / 'optimizer.safetensors').unlink(), DataError),
+                           ('weights', lambda p: (p / 'policy' / 'model.safetensors').unlink(), StateSetError)):
+        with pytest.raises(error): load(broken(name, f))
+    for name, v in FIELDS.items():
+        value = v[0] if isinstance(v, tuple) else v
+        if name in ('num_episodes', 'save_steps', 'save_total_limit', 'eval_steps'): continue
+        with pytest.raises(ConfigError, match=name): load(good, **{name: value})
+
+def test_the_log_survives_a_torn_line_and_strange_characters(tmp_path):
+    log = RunLog(tmp_path)
+    odd = 'ab\u2028c\x85d\x0be\x1cf ☂'
+    t = Trajectory('t', 's', 0, (Message('assistant', odd),))
+    for i in (1, 2, 3): log.write(i, {'reward': 1.}, [TrajectoryGroup('s', (t, t))])
+    f = tmp_path / 'trajectories.jsonl'
+    whole = f.read_bytes()
+    for cut in range(len(whole) - 40, len(whole)):
+        f.write_bytes(whole[:cut])
+        log.keep(2)
+        assert [d['step'] for d in lines(f)] == [1, 2] and Trajectory.from_dict({k: v for k, v in lines(f)[0].items() if k != 'step'}) == t
+    log.keep(0)
+    assert f.read_bytes() == b''
+
+# Killed
+
+SMALL = TrainingConfig(num_episodes=6, prompts_per_step=2, num_generations=2, max_completion_length=8, max_turns=3, learning_rate=1e-2, save_steps=2, save_total_limit=1)
+RUNS = {'plain': SMALL, 'with a reference, twice, falling': replace(SMALL, beta=.1, num_iterations=2, lr_scheduler_type='cosine', warmup_steps=2, weight_decay=.1, save_steps=1, turn_credit='turn')}
+
+def work(start, out, config, die=None):
+    "A run in a process of its own: goes on where the last one was killed, and may kill itself before its n-th rename or write."
+    if die is not None:
+        n = [die]
+        def deadly(f):
+            def g(*a, **k):
+                n[0] -= 1
+                if n[0] < 0: os.kill(os.getpid(), signal.SIGKILL)
+                return f(*a, **k)
+            return g
+        Path.rename, os.replace, RunLog.write = deadly(Path.rename), deadly(os.replace), deadly(RunLog.write)
+    t = trainer_of(start, config, out)
+    async def go():
+        if last := last_checkpoint(out): await t.load_checkpoint(last)
+        await t.train()
+    asyncio.run(go())
+    save_policy(t.policy, Path(out) / 'end')
+
+@pytest.fixture(scope='session')
+def forks():
+    "Processes that start with everything imported."
+    ctx = multiprocessing.get_context('forkserver')
+    ctx.set_forkserver_preload(['stateset_nb.flywheel', 'transformers.models.qwen3.modeling_qwen3'])
+    return ctx
+
+def live(forks, *args, seconds=None):
+    p = forks.Process(target=work, args=args)
+    began = time.monotonic()
+    p.start()
+    p.join(120 if seconds is None else seconds)
+    if p.is_alive(): p.kill(); p.join(60)
+    return p.exitcode, time.monotonic() - began
+
+def left(out):
+    "What a finished run is: weights, moments, rows."
+    last = last_checkpoint(out)
+    return {'end': (Path(out) / 'end' / 'model.safetensors').read_bytes(), 'moments': (last / 'optimizer.safetensors').read_bytes(), 'metrics': [no_time(m) for m in lines(Path(out) / 'metrics.jsonl')],
+            'trajectories': (Path(out) / 'trajectories.jsonl').read_bytes()}
+
+@pytest.mark.parametrize('name', RUNS)
+def test_a_killed_run_ends_as_if_nothing_had_happened(start, forks, tmp_path, name):
+    config, rng = RUNS[name], random.Random(name)
+    assert live(forks, start, tmp_path / 'warm', config)[0] == 0  # the first one waits for the imports
+    code, took = live(forks, start, tmp_path / 'whole', config)
+    assert code == 0
+    whole = left(tmp_path / 'whole')
+    assert [m['step'] for m in whole['metrics']] == [1, 2, 3, 4, 5, 6]
+    killed = 0
+    for k, moments in enumerate([[('time', rng.uniform(.2, .9)) for _ in range(3)], [('file', n) for n in rng.sample(range(1, 9), 4)]]):
+        out = tmp_path / f'killed-{k}'
+        for how, x in moments:
+            code, _ = live(forks, start, out, config, x) if how == 'file' else live(forks, start, out, config, seconds=took * x)
+            assert code in (0, -signal.SIGKILL)
+            killed += code != 0
+            if code == 0: break
+        assert live(forks, start, out, config)[0] == 0
+        now = left(out)
+        for part in whole: assert now[part] == whole[part], f'{part} differs after {moments}'
+        assert not [p.name for p in out.iterdir() if p.name.startswith('.')], 'what was half written is swept up'
+    assert killed >= 3, 'the file system alone kills four times'
