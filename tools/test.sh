@@ -9,4 +9,4 @@ step tools/check.sh
 step ${limit[@]+"${limit[@]}"} nbdev_test --n_workers 2 --skip_folder_re '^(tutorials|[_.].*)$'
 step tools/docs.sh
 echo '== pytest'
-exec python -m pytest --cov=stateset_nb --nbval-lax --nbval-current-env --nbval-cell-timeout 300 tests nbs/tutorials
+exec python -m pytest --numprocesses 2 --dist loadscope --durations 8 --cov=stateset_nb --nbval-lax --nbval-current-env --nbval-cell-timeout 300 tests nbs/tutorials
