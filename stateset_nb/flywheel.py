@@ -4,7 +4,7 @@
 
 # %% ../nbs/44_flywheel.ipynb #293b5bdc
 from __future__ import annotations
-import base64, html, io, json, os, platform, re, time, unicodedata
+import base64, hashlib, html, io, json, os, platform, re, shutil, time, unicodedata
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from .core import ConfigError, Conversation, DataError, Message, Record, Scenario, content_hash, progress_bar, read_conversations, stream, write_text
+from .core import ConfigError, Conversation, DataError, Message, Record, Scenario, content_hash, read_conversations, stream, write_text
 from .policy import Policy, TinyConfig, context_length, conversation_tokens, load_policy, pad_rows, save_policy, tiny_policy
 from .agents import Agent, AgentConfig, PolicyBackend
 from .stats import compare_paired
@@ -48,6 +48,7 @@ class ImproveConfig(Record):
             v = self.__dict__[name]
             if isinstance(v, bool) or not isinstance(v, int) or v < low: raise ConfigError(f'{name}={v!r} — must be a whole number, at least {low}')
         if not 0 < self.margin < 1: raise ConfigError(f'margin={self.margin!r} — must be between 0 and 1, e.g. 0.05')
+        if self.training.seed not in (0, self.seed): raise ConfigError(f'training.seed={self.training.seed} — a run has one seed, here {self.seed} — give it as seed')
 
 # %% ../nbs/44_flywheel.ipynb #5af07f7a
 @torch.no_grad()
@@ -86,6 +87,8 @@ class RunFolder:
             changed = [k for k in self.state['config'] if old['config'].get(k) != self.state['config'][k]]
             if changed: raise ConfigError(f'{self.path} was begun with another {", ".join(changed)} — resume with the same settings, or choose another folder with --out')
             self.state = old
+            for p in [*self.path.glob('.*'), *self.path.glob('tests/.*')]:  # what a killed run left half written
+                if re.fullmatch(r'\.(clone|filtered|policy|.+\.(json|jsonl|html))\.\w{8}', p.name): shutil.rmtree(p) if p.is_dir() else p.unlink()
         self._save()
 
     def _save(self) -> None:
@@ -133,8 +136,9 @@ def _read_run(f: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as e: raise DataError(f'{f} cannot be read ({type(e).__name__}: {e}) — it is damaged — choose another folder with --out') from None
 
 def _identity(config: ImproveConfig) -> dict[str, Any]:
-    "The settings that make a run what it is."
-    return {k: v for k, v in config.to_dict().items() if k != 'out'}
+    "What makes a run what it is: its settings, and what the logs hold, not only what they are called."
+    logs = {'conversations_sha256': hashlib.sha256(Path(config.conversations).read_bytes()).hexdigest()} if config.conversations is not None else {}
+    return {k: v for k, v in config.to_dict().items() if k != 'out'} | logs
 
 # %% ../nbs/44_flywheel.ipynb #afaf693e
 def _bag(text: str) -> dict[str, int]:
@@ -224,10 +228,7 @@ class _Work:
     def make_clone(self, name: str, logs: Sequence[Conversation], steps: int) -> Policy:
         "A tiny policy that talks like some logs."
         tiny = replace(self.config.clone, steps=steps)
-        def make() -> Policy:
-            with progress_bar(f'cloning {len(logs)} conversations', steps, self.show) as advance:
-                return tiny_policy(logs, self.config.seed, tiny, cache=False, on_step=lambda i, loss: advance(f'loss {loss:.3f}'))
-        p = self.policies[name] = self.folder.policy(name, make)
+        p = self.policies[name] = self.folder.policy(name, lambda: tiny_policy(logs, self.config.seed, tiny, cache=False, progress=self.show))
         return p
 
 # %% ../nbs/44_flywheel.ipynb #3f77c84e

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .core import BackendError, ConfigError, Conversation, DataError, Message, Record, ToolCall, content_hash, set_seed, stream
+from .core import BackendError, ConfigError, Conversation, DataError, Message, Record, ToolCall, content_hash, progress_bar, set_seed, stream
 
 # %% auto #0
 __all__ = ['Key', 'ChatFormat', 'CompactFormat', 'make_tokenizer', 'TemplateFormat', 'SamplingParams', 'Sampled', 'pick_tokens',
@@ -847,6 +847,7 @@ def clone_conversations(
     tools: Sequence[dict[str, Any]] | None = None,   # tool schemas in OpenAI's form
     on_step: Callable[[int, float], None] | None = None,  # called with (step, loss) after each step
     max_batch_tokens: int = 8192,           # padded tokens a step; of long conversations a step sees fewer
+    progress: bool = False,                 # show a progress bar
 ) -> list[float]:                           # loss of each step, nats a token
     "Teach a policy to say what the agent in these conversations said (supervised fine-tuning). What does not fit into its context is not learnt."
     limit = context_length(policy)
@@ -857,15 +858,17 @@ def clone_conversations(
     rate = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: min((i + 1) / warm, .55 + .45 * math.cos(math.pi * min(1, i / steps))))
     losses = []
     policy.model.train()
-    for step, batch in enumerate(_batches([len(r[0]) for r in rows], steps, batch_size, short_first, seed, max_batch_tokens)):
-        mask = pad_rows([rows[i][1] for i in batch])
-        logps, _ = sequence_logps(policy, pad_rows([rows[i][0] for i in batch]), mask)
-        loss = -logps.sum() / mask.sum()
-        loss.backward()
-        nn.utils.clip_grad_norm_(policy.model.parameters(), 1.)
-        opt.step(); opt.zero_grad(set_to_none=True); rate.step()
-        losses.append(loss.item())
-        if on_step is not None: on_step(step, losses[-1])
+    with progress_bar(f'cloning {len(conversations)} conversations', steps, progress) as advance:
+        for step, batch in enumerate(_batches([len(r[0]) for r in rows], steps, batch_size, short_first, seed, max_batch_tokens)):
+            mask = pad_rows([rows[i][1] for i in batch])
+            logps, _ = sequence_logps(policy, pad_rows([rows[i][0] for i in batch]), mask)
+            loss = -logps.sum() / mask.sum()
+            loss.backward()
+            nn.utils.clip_grad_norm_(policy.model.parameters(), 1.)
+            opt.step(); opt.zero_grad(set_to_none=True); rate.step()
+            losses.append(loss.item())
+            advance(f'loss {losses[-1]:.3f}')
+            if on_step is not None: on_step(step, losses[-1])
     policy.model.eval(); policy.updated()
     return losses
 
@@ -882,6 +885,14 @@ class TinyConfig(Record):
     vocab_size: int = 2048        # at most
     max_tokens: int = 2048        # longest context, tokens
 
+    def __post_init__(self) -> None:
+        for k, low in {'steps': 0, 'batch_size': 1, 'hidden_size': 8, 'layers': 1, 'vocab_size': 1, 'max_tokens': 2}.items():
+            v = self.__dict__[k]
+            if isinstance(v, bool) or not isinstance(v, int) or v < low: raise ConfigError(f'{k}={v!r} — must be a whole number, at least {low}')
+        if self.hidden_size % 8: raise ConfigError(f'hidden_size={self.hidden_size} — must be a multiple of 8: four heads, each with pairs of numbers')
+        if not 0 < self.learning_rate < math.inf: raise ConfigError(f'learning_rate={self.learning_rate!r} — must be above 0; try 4e-3')
+        if not 0 <= self.short_first <= 1: raise ConfigError(f'short_first={self.short_first!r} — must be from 0 to 1')
+
 # %% ../nbs/01_policy.ipynb #f369abcf
 def cache_folder() -> Path:  # STATESET_NB_CACHE, or stateset-nb in the user's cache folder
     "Where things that can be made again are kept."
@@ -896,6 +907,7 @@ def tiny_policy(
     config: TinyConfig | None = None,       # sizes and steps
     cache: bool = True,                     # keep it on disk, and take it from there the next time
     on_step: Callable[[int, float], None] | None = None,  # called with (step, loss)
+    progress: bool = False,                 # show a progress bar
 ) -> Policy:                                # on the CPU
     "A small policy that talks like some conversations, made on the spot."
     config = config or TinyConfig()
@@ -903,7 +915,7 @@ def tiny_policy(
     if place is not None and place.is_dir(): return load_policy(place, 'cpu')
     tk = make_tokenizer(_corpus(conversations), config.vocab_size)
     policy = Policy(tiny_model(len(tk), seed, config.hidden_size, config.layers, config.max_tokens), tk, CompactFormat(tk), 'tiny')
-    clone_conversations(policy, conversations, config.steps, config.batch_size, config.learning_rate, config.short_first, seed, on_step=on_step)
+    clone_conversations(policy, conversations, config.steps, config.batch_size, config.learning_rate, config.short_first, seed, on_step=on_step, progress=progress)
     if place is not None: save_policy(policy, place)
     return policy
 
