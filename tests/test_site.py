@@ -1,5 +1,5 @@
 """The site as its readers get it: whole, quiet, searchable, and asking nothing of any other host. `make docs` builds it."""
-import re
+import ast, html, re
 from html.parser import HTMLParser
 from urllib.parse import unquote, urldefrag, urljoin, urlparse
 import pytest
@@ -47,6 +47,13 @@ def test_every_public_name_has_its_place(pages):
     addresses = [a for room,syms in d['syms'].items() for s,(a,_) in syms.items() if '.' not in (n := s.removeprefix(room+'.')) and n[0]!='_']
     lost = [a for a in addresses if a.split('#')[1] not in pages[a.split('#')[0]].ids]
     assert addresses and not lost
+
+def test_a_page_holds_the_code_of_its_module(site, root):
+    for f in (root/'stateset_nb').glob('[a-z]*.py'):
+        text = html.unescape(re.sub(r'<[^>]*>', '', (site/f'{f.stem}.html').read_text(encoding='utf-8')))
+        names = [n.name for n in ast.parse(f.read_text(encoding='utf-8')).body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
+        lost = [n for n in names if not re.search(rf'\b(def|class) {n}\b', text)]
+        assert names and not lost
 
 @pytest.fixture
 def page(chromium):

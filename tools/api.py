@@ -1,5 +1,5 @@
 """What a page says of an exported name, from the source itself: the signature as it was written, the methods, and the code, folded."""
-import ast, textwrap
+import ast, json, re, textwrap
 from functools import cache
 
 DEF = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -17,7 +17,7 @@ def find(path, name):
         node = next((n for n in node.body if isinstance(n, (*DEF, ast.ClassDef)) and n.name==part), None) if isinstance(node, (ast.Module, ast.ClassDef)) else None
     return node
 
-def start(node): return min([node.lineno, *(d.lineno for d in node.decorator_list)])
+def start(node): return min([node.lineno, *(d.lineno for d in getattr(node, 'decorator_list', []))])
 
 def text(path, first, last): return textwrap.dedent('\n'.join(parsed(path)[0][first-1:last])).rstrip()
 
@@ -43,10 +43,32 @@ def methods(node, name):
     rows = [f'- `{n.name}`{{ #{name.lower()}.{n.name.lower()} }} — {(ast.get_docstring(n) or "").splitlines()[0]}' for n in node.body if is_public(n) and ast.get_docstring(n)]
     return '\n'.join(dict.fromkeys(rows))
 
+def folded(title, code): return f'<details class="source" markdown data-search-exclude>\n<summary>{title}</summary>\n\n```python\n{code}\n```\n\n</details>'
+
 def source(path, node):
     "The code, folded, and left out of the search."
-    code = text(path, start(node), node.end_lineno)
-    return f'<details class="source" markdown data-search-exclude>\n<summary>source</summary>\n\n```python\n{code}\n```\n\n</details>'
+    return folded('source', text(path, start(node), node.end_lineno))
+
+def named(n):
+    "The names a statement defines."
+    if isinstance(n, (*DEF, ast.ClassDef)): return [n.name]
+    targets = n.targets if isinstance(n, ast.Assign) else [n.target] if isinstance(n, ast.AnnAssign) else []
+    return [t.id for t in targets if isinstance(t, ast.Name)]
+
+def unseen(notebook):
+    "What exported cells hold that nbdev leaves off the page, all but public functions and classes: folded, by the id of the page's cell before it."
+    res,before = {},None
+    for c in json.loads(notebook.read_text(encoding='utf-8'))['cells']:
+        code = ''.join(c['source'])
+        if c['cell_type']!='code' or not re.search(r'^#\|\s*export', code, re.M):
+            before = c['id']
+            continue
+        lines = code.splitlines()
+        rest = [n for n in ast.parse(code).body if not isinstance(n, (ast.Import, ast.ImportFrom)) and not (isinstance(n, (*DEF, ast.ClassDef)) and n.name[0]!='_')]
+        names = [name for n in rest for name in named(n)]
+        parts = ['\n'.join(lines[start(n)-1:n.end_lineno]) for n in rest]
+        if names: res.setdefault(before, []).append(folded(', '.join(f'<code>{n}</code>' for n in names), '\n\n'.join(parts)))
+    return res
 
 def line(path, name):
     "Where a definition starts, to put what a cell defines in its own order."
