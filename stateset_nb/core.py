@@ -293,7 +293,7 @@ def read_jsonl(
 ) -> Iterator[tuple[str, dict[str, Any]]]:  # (file and line, object); raises `DataError` naming both
     "The JSON objects of a file, each with the place it stands at; blank lines are passed over."
     p = Path(path)
-    try: f = p.open(encoding='utf-8')
+    try: f = p.open(encoding='utf-8-sig')  # a byte order mark is no part of the first line
     except OSError as e: raise DataError(f'{p}: {e.strerror or e} — expected a JSONL file, one conversation a line') from None
     with f:
         try:
@@ -301,6 +301,7 @@ def read_jsonl(
                 if not s.strip(): continue
                 try: d = json.loads(s)
                 except json.JSONDecodeError as e: raise DataError(f'{p} line {n}: not JSON: {e.msg} at column {e.colno}') from None
+                except (ValueError, RecursionError) as e: raise DataError(f'{p} line {n}: JSON that cannot be read: {e}') from None  # numbers of thousands of digits, brackets without end
                 if not isinstance(d, dict): raise DataError(f'{p} line {n}: {type(d).__name__} — expected a JSON object')
                 if '\\ud' in s.lower() and not _whole(d): raise DataError(f'{p} line {n}: half a character (a lone \\ud8.. or \\udc..) — expected whole ones — the text was cut inside an emoji; remove what is left of it')
                 yield f'{p} line {n}', d

@@ -365,7 +365,7 @@ class RunLog:
     ) -> None:      # raises `ConfigError` where the checkpoints of another run lie
         "Be ready for the round after this one; what a killed run left half written is swept up."
         for p in self.folder.glob('.*'):
-            if not re.fullmatch(r'\.(checkpoint-\d+|metrics\.jsonl|trajectories\.jsonl)\..+', p.name): continue
+            if not re.fullmatch(r'\.(checkpoint-\d+|metrics\.jsonl|trajectories\.jsonl)\.\w{8}', p.name): continue
             shutil.rmtree(p) if p.is_dir() else p.unlink()
         later = [p.name for k, p in _checkpoints(self.folder).items() if k > step]
         if later: raise ConfigError(f'{self.folder} holds {", ".join(later)}, and this run has done {step} rounds — go on with load_checkpoint, or choose another output_dir')

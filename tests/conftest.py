@@ -1,5 +1,5 @@
 """What tests of the whole house share."""
-import functools, http.server, os, shutil, threading
+import functools, http.server, multiprocessing, os, shutil, threading, time
 from pathlib import Path
 import pytest
 from hypothesis import settings
@@ -61,3 +61,17 @@ def chromium(need):
         b = p.chromium.launch(executable_path=path, args=QUIET)
         yield b
         b.close()
+
+@pytest.fixture(scope='session')
+def forks():
+    "`forks(f, *args, seconds=None)` runs a function in a process of its own, kills it after some seconds, and gives (exit code, seconds it took)."
+    ctx = multiprocessing.get_context('forkserver')  # its processes start with everything imported, and without the threads of this one
+    ctx.set_forkserver_preload(['stateset_nb.flywheel', 'transformers.models.qwen3.modeling_qwen3'])
+    def f(work, *args, seconds=None):
+        p = ctx.Process(target=work, args=args)
+        began = time.monotonic()
+        p.start()
+        p.join(120 if seconds is None else seconds)
+        if p.is_alive(): p.kill(); p.join(60)
+        return p.exitcode, time.monotonic()-began
+    return f

@@ -1,5 +1,5 @@
 """Attempts to break training: knobs that do nothing, gradients that depend on how they were cut, runs that end otherwise after a kill."""
-import asyncio, json, math, multiprocessing, os, random, signal, threading, time
+import asyncio, json, math, os, random, signal, threading, time
 from dataclasses import fields, replace
 from pathlib import Path
 import pytest, torch
@@ -430,21 +430,6 @@ def work(start, out, config, die=None):
     asyncio.run(go())
     save_policy(t.policy, Path(out) / 'end')
 
-@pytest.fixture(scope='session')
-def forks():
-    "Processes that start with everything imported."
-    ctx = multiprocessing.get_context('forkserver')
-    ctx.set_forkserver_preload(['stateset_nb.flywheel', 'transformers.models.qwen3.modeling_qwen3'])
-    return ctx
-
-def live(forks, *args, seconds=None):
-    p = forks.Process(target=work, args=args)
-    began = time.monotonic()
-    p.start()
-    p.join(120 if seconds is None else seconds)
-    if p.is_alive(): p.kill(); p.join(60)
-    return p.exitcode, time.monotonic() - began
-
 def left(out):
     "What a finished run is: weights, moments, rows."
     last = last_checkpoint(out)
@@ -454,8 +439,8 @@ def left(out):
 @pytest.mark.parametrize('name', RUNS)
 def test_a_killed_run_ends_as_if_nothing_had_happened(start, forks, tmp_path, name):
     config, rng = RUNS[name], random.Random(name)
-    assert live(forks, start, tmp_path / 'warm', config)[0] == 0  # the first one waits for the imports
-    code, took = live(forks, start, tmp_path / 'whole', config)
+    assert forks(work, start, tmp_path / 'warm', config)[0] == 0  # the first one waits for the imports
+    code, took = forks(work, start, tmp_path / 'whole', config)
     assert code == 0
     whole = left(tmp_path / 'whole')
     assert [m['step'] for m in whole['metrics']] == [1, 2, 3, 4, 5, 6]
@@ -463,11 +448,11 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(start, forks, tmp_path, na
     for k, moments in enumerate([[('time', rng.uniform(.2, .9)) for _ in range(3)], [('file', n) for n in rng.sample(range(1, 9), 4)]]):
         out = tmp_path / f'killed-{k}'
         for how, x in moments:
-            code, _ = live(forks, start, out, config, x) if how == 'file' else live(forks, start, out, config, seconds=took * x)
+            code, _ = forks(work, start, out, config, x) if how == 'file' else forks(work, start, out, config, seconds=took * x)
             assert code in (0, -signal.SIGKILL)
             killed += code != 0
             if code == 0: break
-        assert live(forks, start, out, config)[0] == 0
+        assert forks(work, start, out, config)[0] == 0
         now = left(out)
         for part in whole: assert now[part] == whole[part], f'{part} differs after {moments}'
         assert not [p.name for p in out.iterdir() if p.name.startswith('.')], 'what was half written is swept up'
