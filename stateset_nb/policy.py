@@ -363,17 +363,35 @@ class _Request:
     u: list[float] = field(default_factory=list)
 
 # %% ../nbs/01_policy.ipynb #aec8f54c
-class _Engine:
-    "Continuous batching of many conversations over one model; see `Policy.sample`."
-    def __init__(self, policy: Policy, max_batch_tokens: int = 8192) -> None:
-        self.policy, self.max_batch_tokens = policy, max_batch_tokens
-        self.queue: list[_Request] = []            # asked, not yet admitted
-        self.active: list[_Request] = []           # being sampled
-        self.joined: set[Key] = set()              # conversations in lockstep
+class _Slots:
+    "Rows of keys and values, and whose they are."
+    def __init__(self) -> None:
         self.slots: list[Key] = []                 # slot number -> its conversation
         self.cached: dict[Key, list[int]] = {}     # tokens whose keys and values its slot holds
         self.leaving: set[Key] = set()             # slots to be freed before the next tick
         self.cache: Any = None
+
+    def drop(self, key: Key) -> None:
+        "Free a slot; the last one moves into the hole so that used slots stay together."
+        if self.cached.pop(key, None) is None: return
+        i, last = self.slots.index(key), self.slots.pop()
+        if last != key:
+            self.slots[i] = last
+            if self.cache is not None: self.cache.move(len(self.slots), i)
+
+    def forget(self) -> None:
+        "Drop everything the slots hold: the weights changed."
+        self.slots, self.cached, self.cache, self.leaving = [], {}, None, set()
+
+# %% ../nbs/01_policy.ipynb #3dad2019
+class _Engine(_Slots):
+    "Continuous batching of many conversations over one model; see `Policy.sample`."
+    def __init__(self, policy: Policy, max_batch_tokens: int = 8192) -> None:
+        super().__init__()
+        self.policy, self.max_batch_tokens = policy, max_batch_tokens
+        self.queue: list[_Request] = []            # asked, not yet admitted
+        self.active: list[_Request] = []           # being sampled
+        self.joined: set[Key] = set()              # conversations in lockstep
         self.task: asyncio.Task[None] | None = None
         self.moved: asyncio.Event | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -425,29 +443,16 @@ class _Engine:
             self.forget()
             if not isinstance(e, Exception): raise
 
-    def again(self, rs: Sequence[_Request]) -> None:
-        "What the slots of these requests held is gone: read it anew."
-        self.active = [r for r in self.active if r not in rs]
-        self.queue += rs
+# %% ../nbs/01_policy.ipynb #b1221778
+def _again(e: _Engine, rs: Sequence[_Request]) -> None:
+    "What the slots of these requests held is gone: they are read anew."
+    e.active = [r for r in e.active if r not in rs]
+    e.queue += rs
 
-    def drop(self, key: Key) -> None:
-        "Free a slot; the last one moves into the hole so that used slots stay together."
-        if self.cached.pop(key, None) is None: return
-        self.again([r for r in self.active if r.key == key and not r.future.done()])
-        i, last = self.slots.index(key), self.slots.pop()
-        if last != key:
-            self.slots[i] = last
-            if self.cache is not None: self.cache.move(len(self.slots), i)
-
-    def forget(self) -> None:
-        "Drop everything the slots hold: the weights changed."
-        self.again(self.active)
-        self.slots, self.cached, self.cache, self.leaving = [], {}, None, set()
-
-# %% ../nbs/01_policy.ipynb #3dad2019
 def _clear(e: _Engine) -> None:
     "Free the slots that are no longer needed, in the order of keys: where the others lie must not depend on who left first."
     e.leaving |= {r.key for r in [*e.queue, *e.active] if r.future.done()} - e.joined
+    _again(e, [r for r in e.active if r.key in e.leaving and not r.future.done()])
     for key in sorted(e.leaving, key=_rank): e.drop(key)
     e.leaving.clear()
 
@@ -627,6 +632,7 @@ class Policy:
     def updated(self) -> None:
         "Say that the weights changed: what was kept of conversations no longer holds."
         self.version += 1
+        _again(self.engine, self.engine.active)
         self.engine.forget()
 
 # %% ../nbs/01_policy.ipynb #76b620b9

@@ -453,30 +453,11 @@ def _read_state(path: Path) -> dict[str, Any]:
     return about
 
 # %% ../nbs/32_trainers.ipynb #cb6cf7f2
-class MultiTurnGRPOTrainer(_Resumable):
-    "GRPO over whole conversations."
+class _Rounds(_Resumable):
+    "One round of a trainer: play, learn, evaluate, record."
+    environment: Environment; reward_fn: RewardFunction | None; scenarios: list[Scenario]; run: TrainingRun
+    evaluate: Callable[[Agent], Awaitable[dict[str, float]]] | None; callbacks: list[TrainerCallback]
     single_turn = False
-
-    def __init__(
-        self,
-        agent: Agent,                             # with a local policy; its weights are changed
-        environment: Environment,                 # where it plays
-        reward_fn: RewardFunction | None = None,  # asked once at the end of each episode, added to the environment's own reward
-        config: TrainingConfig | None = None,     # the settings
-        *,
-        scenarios: Sequence[Scenario] | None = None,  # to train on; the environment's own unless given
-        evaluate: Callable[[Agent], Awaitable[dict[str, float]]] | None = None,  # held-out success, called every `eval_steps`
-        callbacks: Sequence[TrainerCallback] = (),    # told after each round
-        run: TrainingRun | None = None,               # to pause, stop and turn knobs
-        output_dir: str | os.PathLike[str] | None = None,  # where metrics, trajectories and checkpoints go; nowhere unless given
-    ) -> None:
-        self.agent, self.environment, self.reward_fn, self.config = agent, environment, reward_fn, config or TrainingConfig()
-        self.scenarios = list(scenarios) if scenarios is not None else list(environment.scenarios) if isinstance(environment, ConversationEnvironment) else []
-        if not self.scenarios: raise ConfigError('no scenarios to train on — give scenarios=[...], or an environment that has some')
-        self.evaluate, self.callbacks, self.run = evaluate, list(callbacks), run or TrainingRun()
-        if not self.config.beta: self.run.knobs = self.run.knobs | {'beta': (lambda v: v == 0, '0: this run keeps no reference policy — begin it with beta above 0')}
-        self.log = RunLog(output_dir) if output_dir is not None else None
-        self.step, self.settings, self.policy = 0, self.config, None   # rounds done; the config with knobs turned; after `initialize`
 
     async def play(self) -> list[TrajectoryGroup]:  # P groups of G episodes
         "One round of episodes."
@@ -487,25 +468,6 @@ class MultiTurnGRPOTrainer(_Resumable):
         if self.single_turn and all(t.truncated and t.segments and t.messages[-1].role != 'assistant' for g in groups for t in g.trajectories):
             raise ConfigError('every episode wanted a second turn — SingleTurnGRPOTrainer learns from one answer — use MultiTurnGRPOTrainer')
         return groups
-
-    async def steps(self) -> AsyncIterator[dict[str, float]]:  # metrics of each round
-        "One round after the other, yielding what each says; ends after `num_episodes`, or when the run is stopped."
-        if self.policy is None: await self.initialize()
-        assert self.policy is not None
-        if self.log is not None: self.log.begin(self.step)
-        if self.run.state in ('ready', 'done'): self.run.start()
-        while self.step < self.config.num_episodes:
-            turned = await self.run.gate()
-            if self.run.state == 'stopped':
-                if self.log is not None: self.save_checkpoint(self.log.folder / f'checkpoint-{self.step}')
-                return
-            if turned: self.settings = replace(self.settings, **turned)
-            try: metrics = await self._round(self.policy, turned)
-            except Exception as e:
-                self.run.stop(f'{type(e).__name__}: {e}')
-                raise
-            yield metrics
-        self.run._to('done')
 
     async def _round(self, policy: Policy, turned: dict[str, float]) -> dict[str, float]:
         "Play, learn, evaluate, record."
@@ -529,6 +491,49 @@ class MultiTurnGRPOTrainer(_Resumable):
         if self.step == self.config.num_episodes or (self.config.save_steps and self.step % self.config.save_steps == 0):
             self.save_checkpoint(self.log.folder / f'checkpoint-{self.step}')
             self.log.prune(self.config.save_total_limit)
+
+# %% ../nbs/32_trainers.ipynb #76f7fae0
+class MultiTurnGRPOTrainer(_Rounds):
+    "GRPO over whole conversations."
+    def __init__(
+        self,
+        agent: Agent,                             # with a local policy; its weights are changed
+        environment: Environment,                 # where it plays
+        reward_fn: RewardFunction | None = None,  # asked once at the end of each episode, added to the environment's own reward
+        config: TrainingConfig | None = None,     # the settings
+        *,
+        scenarios: Sequence[Scenario] | None = None,  # to train on; the environment's own unless given
+        evaluate: Callable[[Agent], Awaitable[dict[str, float]]] | None = None,  # held-out success, called every `eval_steps`
+        callbacks: Sequence[TrainerCallback] = (),    # told after each round
+        run: TrainingRun | None = None,               # to pause, stop and turn knobs
+        output_dir: str | os.PathLike[str] | None = None,  # where metrics, trajectories and checkpoints go; nowhere unless given
+    ) -> None:
+        self.agent, self.environment, self.reward_fn, self.config = agent, environment, reward_fn, config or TrainingConfig()
+        self.scenarios = list(scenarios) if scenarios is not None else list(environment.scenarios) if isinstance(environment, ConversationEnvironment) else []
+        if not self.scenarios: raise ConfigError('no scenarios to train on — give scenarios=[...], or an environment that has some')
+        self.evaluate, self.callbacks, self.run = evaluate, list(callbacks), run or TrainingRun()
+        if not self.config.beta: self.run.knobs = self.run.knobs | {'beta': (lambda v: v == 0, '0: this run keeps no reference policy — begin it with beta above 0')}
+        self.log = RunLog(output_dir) if output_dir is not None else None
+        self.step, self.settings, self.policy = 0, self.config, None   # rounds done; the config with knobs turned; after `initialize`
+
+    async def steps(self) -> AsyncIterator[dict[str, float]]:  # metrics of each round
+        "One round after the other, yielding what each says; ends after `num_episodes`, or when the run is stopped."
+        if self.policy is None: await self.initialize()
+        assert self.policy is not None
+        if self.log is not None: self.log.begin(self.step)
+        if self.run.state in ('ready', 'done'): self.run.start()
+        while self.step < self.config.num_episodes:
+            turned = await self.run.gate()
+            if self.run.state == 'stopped':
+                if self.log is not None: self.save_checkpoint(self.log.folder / f'checkpoint-{self.step}')
+                return
+            if turned: self.settings = replace(self.settings, **turned)
+            try: metrics = await self._round(self.policy, turned)
+            except Exception as e:
+                self.run.stop(f'{type(e).__name__}: {e}')
+                raise
+            yield metrics
+        self.run._to('done')
 
     async def train(
         self,
