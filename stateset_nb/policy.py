@@ -413,7 +413,7 @@ class _Engine(_Slots):
 
     def ask(self, r: _Request) -> None:
         loop = self.enter()
-        r.key = _free(r.key, {o.key for o in self.live()})
+        if any(o.key == r.key and not o.future.done() for o in [*self.queue, *self.active]): r.key = _free(r.key, {o.key for o in self.live()})
         self.queue.append(r)
         self.wake()
         if self.task is None or self.task.done(): self.task = loop.create_task(self.drive())
