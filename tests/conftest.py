@@ -52,7 +52,7 @@ def served(site):
         s.shutdown()
         th.join()
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')  # while it is open playwright keeps an event loop in this thread, and other modules want asyncio.run
 def chromium(need):
     "A headless browser."
     from playwright.sync_api import sync_playwright
