@@ -210,7 +210,8 @@ def _settings(file: str | None, options: dict[str, Any]) -> Any:
     "The settings of a run: defaults, then the file, then the options that were given."
     changes = read_config(file) if file is not None else {}
     from stateset_nb.flywheel import ImproveConfig
-    config = override_config(ImproveConfig(), changes, str(file))
+    model = options.get('model') or changes.get('model')
+    config = override_config(ImproveConfig(model=model) if isinstance(model, str) else ImproveConfig(), changes, str(file))
     return override_config(config, {k: v for k, v in options.items() if v is not None}, 'command line')
 
 def _again(out: str, given: dict[str, Any]) -> str:

@@ -23,10 +23,19 @@ from .trainers import MultiTurnGRPOTrainer, SingleTurnGRPOTrainer, TrainingConfi
 from .evaluation import TestResult, TestResults, evaluate
 
 # %% auto #0
-__all__ = ['RIVALS', 'ImproveConfig', 'copy_accuracy', 'RunFolder', 'ReferenceOverlap', 'check_verdict', 'clerk_results',
-           'policy_results', 'log_scenarios', 'make_verdict', 'write_report', 'Improvement', 'plan', 'improve']
+__all__ = ['RIVALS', 'practice_for', 'ImproveConfig', 'copy_accuracy', 'RunFolder', 'ReferenceOverlap', 'check_verdict',
+           'clerk_results', 'policy_results', 'log_scenarios', 'make_verdict', 'write_report', 'Improvement', 'plan',
+           'improve']
 
 # %% ../nbs/44_flywheel.ipynb #5b93c75c
+def practice_for(
+    model: str,      # 'tiny', or a folder or name
+) -> TrainingConfig: # to begin with
+    "How a model practises unless told otherwise."
+    profile, rounds = (TrainingProfile.TINY, 70) if model == 'tiny' else (TrainingProfile.BALANCED, 50)
+    return TrainingConfig.from_profile(profile, num_episodes=rounds, save_steps=10, save_total_limit=1)
+
+# %% ../nbs/44_flywheel.ipynb #96428108
 @dataclass(frozen=True)
 class ImproveConfig(Record):
     "What a whole run is made of."
@@ -39,11 +48,12 @@ class ImproveConfig(Record):
     scenarios: int = 200              # held-out scenarios (of the desk) or prompts (of logs) of the verdict, at most
     margin: float = 0.05              # the loss of success we would put up with; for logs, as a share of the clone's figure
     clone: TinyConfig = field(default_factory=lambda: TinyConfig(steps=1200))    # how the tiny policy is made
-    training: TrainingConfig = field(default_factory=lambda: TrainingConfig.from_profile(TrainingProfile.TINY, num_episodes=70, save_steps=10, save_total_limit=1))  # how it practises
+    training: TrainingConfig = None   # type: ignore[assignment]  # how it practises; what suits the model unless given (`practice_for`)
     filtered_steps: int = 1000        # cloning steps of the rival that sees only successful logs; 0 leaves it out
     _nested: ClassVar[dict[str, type]] = {'clone': TinyConfig, 'training': TrainingConfig}
 
     def __post_init__(self) -> None:
+        if self.training is None: object.__setattr__(self, 'training', practice_for(self.model))
         for name, low in {'logs': 10, 'practice': 1, 'scenarios': 2, 'filtered_steps': 0, 'seed': 0}.items():
             v = self.__dict__[name]
             if isinstance(v, bool) or not isinstance(v, int) or v < low: raise ConfigError(f'{name}={v!r} — must be a whole number, at least {low}')
@@ -70,6 +80,26 @@ def copy_accuracy(
     return right / total
 
 # %% ../nbs/44_flywheel.ipynb #9748b7cd
+def _read_run(f: Path) -> dict[str, Any]:
+    "A run's state."
+    try:
+        d = json.loads(f.read_text(encoding='utf-8'))
+        return {k: d[k] for k in ('schema', 'config', 'seconds', 'done')}
+    except (OSError, ValueError, KeyError, TypeError) as e: raise DataError(f'{f} cannot be read ({type(e).__name__}: {e}) — it is damaged — choose another folder with --out') from None
+
+# %% ../nbs/44_flywheel.ipynb #a745706c
+def _identity(config: ImproveConfig) -> dict[str, Any]:
+    "What makes a run what it is: its settings, and what the logs hold, not only what they are called."
+    logs = {'conversations_sha256': hashlib.sha256(Path(config.conversations).read_bytes()).hexdigest()} if config.conversations is not None else {}
+    return {k: v for k, v in config.to_dict().items() if k != 'out'} | logs
+
+# %% ../nbs/44_flywheel.ipynb #022b80cf
+def _sweep(folder: Path) -> None:
+    "Remove what a killed run left half written."
+    for p in [*folder.glob('.*'), *folder.glob('tests/.*')]:
+        if re.fullmatch(r'\.(clone|filtered|policy|.+\.(json|jsonl|html))\.\w{8}', p.name): shutil.rmtree(p) if p.is_dir() else p.unlink()
+
+# %% ../nbs/44_flywheel.ipynb #8ae4709b
 class RunFolder:
     "The folder of a run: its settings, the stages that are done, and how long they took."
     def __init__(
@@ -87,8 +117,7 @@ class RunFolder:
             changed = [k for k in self.state['config'] if old['config'].get(k) != self.state['config'][k]]
             if changed: raise ConfigError(f'{self.path} was begun with another {", ".join(changed)} — resume with the same settings, or choose another folder with --out')
             self.state = old
-            for p in [*self.path.glob('.*'), *self.path.glob('tests/.*')]:  # what a killed run left half written
-                if re.fullmatch(r'\.(clone|filtered|policy|.+\.(json|jsonl|html))\.\w{8}', p.name): shutil.rmtree(p) if p.is_dir() else p.unlink()
+            _sweep(self.path)
         self._save()
 
     def _save(self) -> None:
@@ -128,18 +157,6 @@ class RunFolder:
             self.finish(f'test {name}', time.perf_counter() - began)
         return TestResults.load(f)
 
-def _read_run(f: Path) -> dict[str, Any]:
-    "A run's state."
-    try:
-        d = json.loads(f.read_text(encoding='utf-8'))
-        return {k: d[k] for k in ('schema', 'config', 'seconds', 'done')}
-    except (OSError, ValueError, KeyError, TypeError) as e: raise DataError(f'{f} cannot be read ({type(e).__name__}: {e}) — it is damaged — choose another folder with --out') from None
-
-def _identity(config: ImproveConfig) -> dict[str, Any]:
-    "What makes a run what it is: its settings, and what the logs hold, not only what they are called."
-    logs = {'conversations_sha256': hashlib.sha256(Path(config.conversations).read_bytes()).hexdigest()} if config.conversations is not None else {}
-    return {k: v for k, v in config.to_dict().items() if k != 'out'} | logs
-
 # %% ../nbs/44_flywheel.ipynb #afaf693e
 def _bag(text: str) -> dict[str, int]:
     "Words with their counts; a script without spaces counts by character."
@@ -147,6 +164,7 @@ def _bag(text: str) -> dict[str, int]:
     for w in ''.join(f' {c} ' if unicodedata.east_asian_width(c) in 'WF' else c.lower() if c.isalnum() else ' ' for c in text).split(): res[w] = res.get(w, 0) + 1
     return res
 
+# %% ../nbs/44_flywheel.ipynb #ee441451
 class ReferenceOverlap(RewardFunction):
     "How much of the reference reply an answer says, and how little else: F1 over words."
     name = 'reference_overlap'
@@ -163,6 +181,7 @@ class ReferenceOverlap(RewardFunction):
         both, n = sum(min(v, r.get(w, 0)) for w, v in a.items()), sum(a.values()) + sum(r.values())
         return RewardResult(2 * both / n if n else 0.)
 
+# %% ../nbs/44_flywheel.ipynb #fb4ce6d2
 def check_verdict(
     verdict: RewardFunction,           # is to decide whether an agent is better
     trained_on: RewardFunction | None, # the agent was trained on this
@@ -185,6 +204,7 @@ async def clerk_results(
     rs = tuple(TestResult(s.id, 0, c.metadata['success'], {'reward': c.metadata['reward']}, None, s.difficulty, s.tags, tuple(c.metadata['requests'])) for s, c in zip(scenarios, talks))
     return TestResults(rs, RIVALS['logs'], seed, 1, content_hash(sorted((s.to_dict() for s in scenarios), key=lambda d: d['id'])))
 
+# %% ../nbs/44_flywheel.ipynb #576877fe
 async def policy_results(
     policy: Policy,                 # who is tested
     name: str,                      # for reports
@@ -246,8 +266,9 @@ async def _desk_before(w: _Work) -> None:
     w.say(f'The clone copies {w.checks["copies_numbers"]:.1%} of the digits it must and is {100 * w.checks["clone_minus_logs"]:+.1f} points from its clerks'
           + ('.' if w.checks['ready'] else ': not ready to practise by our own rule (95 %, 5 points); the report says so.'))
 
+# %% ../nbs/44_flywheel.ipynb #b7518c6f
 async def _ready(w: _Work, trials: int = 3) -> dict[str, Any]:
-    "Does the clone copy numbers, and does it succeed as often as its clerks? On scenarios of its own, several trials each: one is too noisy to tell 5 points."
+    "Does the clone copy numbers, and does it succeed as often as its clerks?"
     seed, limit = w.config.seed, w.config.training.max_completion_length
     held = desk_scenarios(w.config.scenarios, stream(seed, 'check'), 'test')
     copies = copy_accuracy(w.policies['clone'], await play_clerks(held, seed, PERFECT))
@@ -256,6 +277,7 @@ async def _ready(w: _Work, trials: int = 3) -> dict[str, Any]:
     gap = clone.success.value - float(clerks)
     return {'copies_numbers': copies, 'clone_minus_logs': gap, 'ready': copies >= .95 and abs(gap) <= .05}
 
+# %% ../nbs/44_flywheel.ipynb #8e2d4efc
 async def _test(w: _Work, name: str) -> None:
     "Play the held-out scenarios with one policy, sampled and greedy."
     for how, temperature in _DECODING.items():
@@ -288,6 +310,7 @@ def _beginnings(messages: Sequence[Message]) -> list[str]:
     for m in messages: res.append(content_hash([res[-1], m.to_dict()]))
     return res
 
+# %% ../nbs/44_flywheel.ipynb #ce17fa16
 def log_scenarios(
     conversations: Sequence[Conversation],  # real logs
     test_share: float = 0.2,                # of the prompts
@@ -308,12 +331,16 @@ def log_scenarios(
     return list(train.values()), held, kept
 
 # %% ../nbs/44_flywheel.ipynb #0d5bcb26
-def _read_logs(c: ImproveConfig) -> tuple[list[Scenario], list[Scenario], list[Conversation]]:
-    assert c.conversations is not None
+_Logs = tuple[list[Scenario], list[Scenario], list[Conversation]]  # prompts to practise on, held-out prompts, conversations to learn from
+
+def _read_logs(c: ImproveConfig) -> _Logs | None:
+    "Prompts and conversations of a log file; nothing for the desk."
+    if c.conversations is None: return None
     train, test, kept = log_scenarios(read_conversations(c.conversations))
     pick = np.random.default_rng(stream(c.seed, 'pick')).permutation
     return [train[i] for i in pick(len(train))[:c.practice]], [test[i] for i in pick(len(test))[:c.scenarios]], kept
 
+# %% ../nbs/44_flywheel.ipynb #3b649b47
 def _fitting(policy: Policy, scenarios: Sequence[Scenario], answer: int) -> list[Scenario]:
     "The scenarios whose prompt and an answer of so many tokens fit into the context."
     limit = context_length(policy) - answer
@@ -321,6 +348,7 @@ def _fitting(policy: Policy, scenarios: Sequence[Scenario], answer: int) -> list
     if len(fits) < 2: raise DataError(f'{len(fits)} of {len(scenarios)} prompts are at most {limit} tokens long — expected at least 2 — give shorter conversations or a longer context (clone.max_tokens)')
     return fits
 
+# %% ../nbs/44_flywheel.ipynb #9f2f1ae5
 async def _logs_before(w: _Work, kept: Sequence[Conversation], start: Policy | None) -> None:
     "A policy to start from: a tiny clone of the logs, or the model that was named."
     c, ratings, n = w.config, [t.rating for t in kept if t.rating is not None], len(w.train) + len(w.test)
@@ -361,6 +389,7 @@ def _figure(draw: Callable[[Any], None], width: float, height: float, columns: i
     fig.savefig(buf, format='png')
     return f'<img alt="" style="max-width:100%" src="data:image/png;base64,{base64.b64encode(buf.getvalue()).decode()}">'
 
+# %% ../nbs/44_flywheel.ipynb #70bc44ea
 def _plot_curves(axes: Any, log: Sequence[dict[str, Any]]) -> None:
     "Learning curves: reward, spread, entropy, by round."
     x = [m['step'] for m in log]
@@ -371,6 +400,7 @@ def _plot_curves(axes: Any, log: Sequence[dict[str, Any]]) -> None:
     axes[1].plot([m['step'] for m in seen], [m['entropy'] for m in seen], 'C2'); axes[1].set(xlabel='round of practice', ylabel='entropy (nats a token)', title='How undecided the policy is', ylim=(0, None))
     axes[2].plot(x, [m['frac_reward_zero_std'] for m in log], 'C3'); axes[2].set(xlabel='round of practice', ylabel='share of groups', title='Groups with nothing left to teach', ylim=(0, 1))
 
+# %% ../nbs/44_flywheel.ipynb #ba845d14
 def _plot_difficulty(ax: Any, tests: dict[str, TestResults]) -> None:
     "Success by difficulty, one bar for each rival, with intervals."
     for i, t in enumerate(tests.values()):
@@ -380,7 +410,7 @@ def _plot_difficulty(ax: Any, tests: dict[str, TestResults]) -> None:
     ax.set(xticks=range(len(s)), xticklabels=list(s), xlabel='requests in a conversation', ylabel='success (% of scenarios)', ylim=(0, 105), title='Success by difficulty, with 95 % intervals')
     ax.legend(frameon=False, fontsize=8, ncols=2, loc='upper center', bbox_to_anchor=(.5, -.18))
 
-# %% ../nbs/44_flywheel.ipynb #70bc44ea
+# %% ../nbs/44_flywheel.ipynb #db329cb9
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     "An escaped HTML table."
     cells = lambda tag, row: ''.join(f'<{tag}>{html.escape(str(c))}</{tag}>' for c in row)
@@ -388,6 +418,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def _rate(i: Any) -> str: return f'{100 * i.value:.0f} % ({100 * i.low:.0f} to {100 * i.high:.0f})'
 
+# %% ../nbs/44_flywheel.ipynb #5e70bf5e
 def _before_after(a: TestResults, b: TestResults) -> str:
     "One held-out scenario that the first lost and the second won (or the first there is), side by side."
     mine = {r.scenario_id: r for r in a.results}
@@ -396,6 +427,7 @@ def _before_after(a: TestResults, b: TestResults) -> str:
     side = lambda title, r: f'<div class="side"><h3>{title}: {"right" if r.success else "wrong"}</h3>{Conversation(r.trajectory.messages, r.scenario_id)._repr_html_()}</div>'
     return f'<div class="pair">{side("Before", pairs[0][0])}{side("After", pairs[0][1])}</div>' if pairs else ''
 
+# %% ../nbs/44_flywheel.ipynb #5c51f20d
 def _answers(w: _Work, metric: str) -> str:
     "A held-out prompt, the one with the middling change, and its three answers."
     a, b = ({r.scenario_id: r for r in w.tests[k].results} for k in ('clone served', 'trained served'))
@@ -410,7 +442,7 @@ _STYLE = ('body{font:15px/1.5 system-ui,sans-serif;max-width:62em;margin:2em aut
           'border-bottom:1px solid #ddd;text-align:left;font-size:14px}h1{font-size:1.6em}h2{margin-top:1.8em;font-size:1.2em}.verdict{border-left:5px solid;padding:.6em 1em;background:#f6f8fa;'
           'font-size:1.1em}.better{border-color:#22763d}.worse{border-color:#b3261e}.not_worse,.inconclusive{border-color:#8a6a14}.pair{display:flex;gap:1em;flex-wrap:wrap}.side{flex:1;min-width:20em}small{color:#666}')
 
-# %% ../nbs/44_flywheel.ipynb #ba845d14
+# %% ../nbs/44_flywheel.ipynb #fb606154
 def _logs_parts(w: _Work, log: Sequence[dict[str, Any]], metric: str) -> list[str]:
     "What only a report on logs has."
     assert w.reward is not None
@@ -423,6 +455,7 @@ def _logs_parts(w: _Work, log: Sequence[dict[str, Any]], metric: str) -> list[st
                                         [(c['conversations'], c['rated'], '-' if c['mean_rating'] is None else f'{c["mean_rating"]:.2f}', c['too_long'])]),
             '<h2>One prompt, three answers</h2>', _answers(w, metric)]
 
+# %% ../nbs/44_flywheel.ipynb #4a2d237b
 def _desk_parts(w: _Work) -> list[str]:
     "What only a report on the desk has."
     served = {k: t for k, t in w.tests.items() if k == 'logs' or k.endswith('served')}
@@ -435,7 +468,7 @@ def _desk_parts(w: _Work) -> list[str]:
             ('clone minus clerks, sampled success', f'{100 * w.checks["clone_minus_logs"]:+.1f} points', 'within 5 points')]),
             '<h2>One conversation, before and after</h2><p>One that changed, where there is one.</p>', _before_after(w.tests['clone served'], w.tests['trained served'])]
 
-# %% ../nbs/44_flywheel.ipynb #db329cb9
+# %% ../nbs/44_flywheel.ipynb #03ddbde6
 _MEANS = {'better': 'The interval lies above zero: on scenarios like these, practice helped.', 'worse': 'The interval lies below zero: practice did harm. Do not release this policy.',
           'not_worse': 'A loss larger than the margin is ruled out; a gain is not shown.',
           'inconclusive': 'The interval holds both a gain and a loss that would matter. This is no pass and no failure: there were too few scenarios to tell.'}
@@ -461,6 +494,7 @@ def _span(r: dict[str, Any], k: float) -> str:
     d = 1 if k == 100 else 3
     return f'{k * r["difference"]:+.{d}f} ({k * r["low"]:+.{d}f} to {k * r["high"]:+.{d}f})'
 
+# %% ../nbs/44_flywheel.ipynb #2e0abea6
 def _settings(folder: RunFolder) -> str:
     "Settings, seeds, versions and times of a run, folded."
     import transformers
@@ -488,21 +522,42 @@ def plan(
     config: ImproveConfig,  # the settings of a run
 ) -> str:                   # raises `DataError` or `ConfigError` when the run could not start
     "What `improve` would do; reads the input, writes nothing."
-    c, t = config, config.training
-    if c.model != 'tiny' and not Path(c.model).is_dir() and not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', c.model):
+    _check_model(config)
+    return _steps_ahead(config, _read_logs(config))
+
+def _check_model(c: ImproveConfig) -> None:
+    "Refuse a model that cannot be meant."
+    if c.model == 'tiny': return
+    if not Path(c.model).is_dir() and not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', c.model):
         raise ConfigError(f"model={c.model!r} — no such folder — expected 'tiny', a folder, or a name on the Hugging Face hub")
-    if c.conversations is None:
-        if c.model != 'tiny': raise ConfigError(f"model={c.model!r} — the built-in support desk is played by a tiny policy — use model='tiny', or give conversations of your own")
-        first = f'{c.logs} conversations of the support desk\'s clerks; clone a tiny policy from all of them ({c.clone.steps} steps)' + (f' and a rival from the successful ones ({c.filtered_steps} steps)' if c.filtered_steps else '')
-        train, test = c.practice, c.scenarios
-    else:
-        practise, held, kept = _read_logs(c)
-        first = f'{len(kept)} conversations from {c.conversations}; ' + (f'clone a tiny policy from them ({c.clone.steps} steps)' if c.model == 'tiny' else f'start from the model {c.model}')
-        train, test = len(practise), len(held)
-    return (f'1. {first}\n2. practise {t.num_episodes} rounds of {t.prompts_per_step} scenarios x {t.num_generations} episodes (learning_rate {t.learning_rate:g}) on {train} scenarios\n'
-            f'3. test everybody on {test} held-out scenarios, sampled and greedy\n4. write verdict.json, report.html, policy/, metrics.jsonl and trajectories.jsonl into {c.out} (seed {c.seed})'
+    if c.conversations is None: raise ConfigError(f"model={c.model!r} — the built-in support desk is played by a tiny policy — use model='tiny', or give conversations of your own")
+
+# %% ../nbs/44_flywheel.ipynb #4440ca4a
+def _steps_ahead(c: ImproveConfig, logs: _Logs | None) -> str:
+    "The steps of a run in words."
+    t, n_train, n_test = c.training, *((len(logs[0]), len(logs[1])) if logs else (c.practice, c.scenarios))
+    if logs: first = f'{len(logs[2])} conversations from {c.conversations}; ' + (f'clone a tiny policy from them ({c.clone.steps} steps)' if c.model == 'tiny' else f'start from the model {c.model}')
+    else: first = f'{c.logs} conversations of the support desk\'s clerks; clone a tiny policy from all of them ({c.clone.steps} steps)' + (f' and a rival from the successful ones ({c.filtered_steps} steps)' if c.filtered_steps else '')
+    return (f'1. {first}\n2. practise {t.num_episodes} rounds of {t.prompts_per_step} scenarios x {t.num_generations} episodes (learning_rate {t.learning_rate:g}) on {n_train} scenarios\n'
+            f'3. test everybody on {n_test} held-out scenarios, sampled and greedy\n4. write verdict.json, report.html, policy/, metrics.jsonl and trajectories.jsonl into {c.out} (seed {c.seed})'
             + (f'\n{c.out} holds a run already: --resume goes on with it' if (Path(c.out) / 'run.json').is_file() else ''))
 
+# %% ../nbs/44_flywheel.ipynb #bac21487
+def _named_model(c: ImproveConfig) -> Policy | None:
+    "The model that was named, unless the run has it already."
+    return None if c.model == 'tiny' or (Path(c.out) / 'clone' / 'policy.json').is_file() else load_policy(c.model)
+
+def _begin(folder: RunFolder, progress: bool, logs: _Logs | None) -> tuple[_Work, type[MultiTurnGRPOTrainer]]:
+    "Environment, scenarios and rewards of a run, and who trains."
+    c, say = folder.config, (lambda s: print(s, flush=True)) if progress else (lambda s: None)
+    if logs is None:
+        train, test = desk_scenarios(c.practice, stream(c.seed, 'practice')), desk_scenarios(c.scenarios, stream(c.seed, 'test'), 'test')
+        return _Work(folder, progress, say, SupportDesk(), train, test), MultiTurnGRPOTrainer
+    reward, judge = create_customer_service_reward(), ReferenceOverlap()
+    check_verdict(judge, reward)
+    return _Work(folder, progress, say, ConversationEnvironment(), *logs[:2], reward=reward, judge=judge), SingleTurnGRPOTrainer
+
+# %% ../nbs/44_flywheel.ipynb #af5ecfa6
 async def improve(
     config: ImproveConfig | None = None,  # the settings; the support desk's unless given
     resume: bool = False,                 # go on with what is in the folder
@@ -510,12 +565,12 @@ async def improve(
 ) -> Improvement:                         # verdict and where everything lies
     "Turn conversations into a better agent, and say honestly whether it is better."
     c = config or ImproveConfig()
-    plan(c)
-    start = _named_model(c)
+    _check_model(c)
+    logs, start = _read_logs(c), _named_model(c)
     folder = RunFolder(c.out, c, resume)
-    w, trainer = _begin(folder, progress)
-    if c.conversations is None: await _desk_before(w)
-    else: await _logs_before(w, _read_logs(c)[2], start)
+    w, trainer = _begin(folder, progress, logs)
+    if logs is None: await _desk_before(w)
+    else: await _logs_before(w, logs[2], start)
     await _practise(w, trainer)
     if 'filtered' in w.policies: await _test(w, 'filtered')
     verdict = make_verdict(w.tests, c, w.judge.name if w.judge is not None else 'success') | {'checks': w.checks}
@@ -524,18 +579,3 @@ async def improve(
     folder.state['done'] = True; folder._save()
     w.say(verdict['sentence'])
     return Improvement(folder.path, verdict, w.tests)
-
-def _named_model(c: ImproveConfig) -> Policy | None:
-    "The model that was named, loaded before anything is written: a wrong name must leave nothing behind."
-    return None if c.model == 'tiny' or (Path(c.out) / 'clone' / 'policy.json').is_file() else load_policy(c.model)
-
-def _begin(folder: RunFolder, progress: bool) -> tuple[_Work, type[MultiTurnGRPOTrainer]]:
-    "Environment, scenarios and rewards of a run, and who trains."
-    c, say = folder.config, (lambda s: print(s, flush=True)) if progress else (lambda s: None)
-    if c.conversations is None:
-        train, test = desk_scenarios(c.practice, stream(c.seed, 'practice')), desk_scenarios(c.scenarios, stream(c.seed, 'test'), 'test')
-        return _Work(folder, progress, say, SupportDesk(), train, test), MultiTurnGRPOTrainer
-    train, test, _ = _read_logs(c)
-    reward, judge = create_customer_service_reward(), ReferenceOverlap()
-    check_verdict(judge, reward)
-    return _Work(folder, progress, say, ConversationEnvironment(), train, test, reward=reward, judge=judge), SingleTurnGRPOTrainer
