@@ -50,9 +50,9 @@ def _number(value: Any, what: str) -> float:
     if not math.isfinite(value): raise RewardError(f'{what}={value} — must be finite — find the division or the logarithm behind it', 'finite')
     return float(value)
 
+# %% ../nbs/20_rewards.ipynb #0492c30d
 _AS_SCORE: Any = None  # the default of `RewardResult.reward`
 
-# %% ../nbs/20_rewards.ipynb #4b7bb99d
 @dataclass(frozen=True)
 class RewardResult(Record):
     "What a conversation is worth, and why."
@@ -83,11 +83,13 @@ def _blame(name: str, e: Exception) -> StateSetError:
     if not text.startswith(f'reward {name!r}'): text = f'reward {name!r}: {text}'
     return RewardError(text, e.rule) if isinstance(e, RewardError) else kind(text)
 
+# %% ../nbs/20_rewards.ipynb #8cda6f4a
 def _checked(name: str, result: Any) -> RewardResult:
     "The result, if it is one."
     if not isinstance(result, RewardResult): raise RewardError(f'reward {name!r} gave {result!r:.60} — expected a RewardResult — return RewardResult(score)')
     return result
 
+# %% ../nbs/20_rewards.ipynb #9ad4a2cf
 def _paired(list_of_turns: Sequence[Any], contexts: Sequence[EpisodeContext | None] | None) -> list[tuple[Any, EpisodeContext | None]]:
     "Each talk with its context."
     if contexts is not None and len(contexts) != len(list_of_turns): raise DataError(f'{len(list_of_turns)} talks and {len(contexts)} contexts — expected one context a talk, or None')
@@ -131,6 +133,7 @@ def _as_result(name: str, value: Any) -> RewardResult:
     parts = {k: RewardResult(v).score for k, v in value.items()}
     return RewardResult(math.fsum(parts.values()) / len(parts), components=parts)
 
+# %% ../nbs/20_rewards.ipynb #9ed30055
 class _FunctionReward(RewardFunction):
     "A reward made of a plain function."
     def __init__(self, function: Callable[..., Any], name: str, for_verdict: bool, takes_context: bool) -> None:
@@ -175,12 +178,15 @@ def _fold(text: str) -> str:
 
 # %% ../nbs/20_rewards.ipynb #651834aa
 _TOKEN = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d]+(?:'[^\W\d]+)?\d*|\.\.+|[.!?;,:\n]")
+
+# %% ../nbs/20_rewards.ipynb #0da06877
 _SHORT = {k: v.split() for k, v in {
     "can't": 'can not', 'cannot': 'can not', 'cant': 'can not', "won't": 'will not', 'wont': 'will not', "let's": 'let us', 'im': 'i am', 'ive': 'i have',
     'youre': 'you are', 'dont': 'do not', 'doesnt': 'does not', 'didnt': 'did not', 'isnt': 'is not', 'whats': 'what is', 'ur': 'your', 'u': 'you', 'pls': 'please', 'plz': 'please'}.items()}
 _TAIL = {"n't": ' not', "'re": ' are', "'ll": ' will', "'ve": ' have', "'m": ' am', "'d": ' would', "'s": ''}
 _IS = frozenset('what it that there here where who how'.split())
 
+# %% ../nbs/20_rewards.ipynb #6f59384b
 def _expand(w: str) -> list[str]:
     "One token as words: contractions in full, numbers without separators."
     if w in _SHORT: return _SHORT[w]
@@ -193,7 +199,7 @@ def _expand(w: str) -> list[str]:
         if tail in _TAIL: return (head + (' is' if tail == "'s" and head in _IS else _TAIL[tail])).split()
     return w.split("'")
 
-# %% ../nbs/20_rewards.ipynb #0da06877
+# %% ../nbs/20_rewards.ipynb #4646eac6
 def _sentences(text: str) -> list[list[str]]:
     "Sentences of words; ',' stands for any pause, '?' ends a question."
     out: list[list[str]] = []
@@ -208,6 +214,7 @@ def _sentences(text: str) -> list[list[str]]:
         last = t
     return out + [cur] if cur else out
 
+# %% ../nbs/20_rewards.ipynb #36910738
 def _words(sentences: list[list[str]]) -> list[str]:
     "The words alone."
     return [w for s in sentences for w in s if w not in ',?']
@@ -220,12 +227,14 @@ _FUNCTION = frozenset('''
  until up down out off as per and or but nor so because if when while although though than unless whether since not no yes there here what which who whom
  whose where how why then now just only very too also some any all both each more most other such same own ever never again already still even well ok
  okay oh whatever'''.split())
+
+# %% ../nbs/20_rewards.ipynb #5202fee7
 _COURTESY = frozenset('''
  sorry apologise apologize apologies thank thanks thankyou welcome please happy glad pleased help helping assist assistance assisting support understand
  concern concerns inconvenience appreciate patience patient hello hi hey dear sir madam regards best sincerely kind kindly feel free hesitate contact let
  know valued value customer customers great day question questions further gladly sure certainly absolutely course'''.split())
 
-# %% ../nbs/20_rewards.ipynb #a1eccaad
+# %% ../nbs/20_rewards.ipynb #bae20f71
 def _stem(w: str) -> str:
     "A word without its ending, roughly."
     for s in ('ations', 'ation', 'ings', 'ing', 'ied', 'ies', 'ed', 'es', 'ly', 's'):
@@ -235,6 +244,7 @@ def _stem(w: str) -> str:
     if len(w) > 3 and w[-1] == w[-2]: w = w[:-1]
     return w[:-1] if len(w) > 3 and w[-1] in 'ey' else w
 
+# %% ../nbs/20_rewards.ipynb #981d3df0
 def _content(words: Iterable[str], courtesy: bool = False) -> set[str]:
     "The stems of the words that say something; courtesy counts only when asked for."
     return {_stem(w) for w in words if w not in _FUNCTION and len(w) <= 30 and (courtesy or w not in _COURTESY)}
@@ -246,6 +256,8 @@ _DET, _SUBJECT, _JOIN = _set('a an the my your our their every'), _set('i we the
 _MODAL = _set('will would can could may might must shall should')
 _AUX = _MODAL | _set('am is are was were do does did have has had')
 _PREP, _PRON = _set('of to in on at by for with from into'), _SUBJECT | _set('you it me him them')
+
+# %% ../nbs/20_rewards.ipynb #599acc31
 _FOLLOWS: list[tuple[frozenset[str], frozenset[str]]] = [  # after any of these never any of those; '.' is the end of a sentence
     (_DET, _DET | _AUX | _PRON | _PREP | _JOIN | _set('. , this that these those some any also be been being done yes what which who whom where how why then there here as nor until')),
     (_SUBJECT, _DET | _PREP | _JOIN | (_PRON - {'it'})), (_set('i we they'), _set('is has does it')), (_set('he she'), _set('are am have do')), (_set('you'), _set('of you am is has your')),
@@ -253,6 +265,8 @@ _FOLLOWS: list[tuple[frozenset[str], frozenset[str]]] = [  # after any of these 
     (_PREP, _SUBJECT), (_set('of to for with from by into'), _set('of to for with from by into and or but because')), (_set('of to from into with for by at'), _AUX - _set('do have')),
     (_set('in on at'), _set('of in at')), (_set('some any'), _DET), (_set('and or because if than'), _set('and or but .')),
 ]
+
+# %% ../nbs/20_rewards.ipynb #9a0b7b6c
 _NEVER_NEXT = {w: frozenset().union(*(after for before, after in _FOLLOWS if w in before)) for w in frozenset().union(*(before for before, _ in _FOLLOWS))}
 
 # %% ../nbs/20_rewards.ipynb #75fe25b4
@@ -260,6 +274,7 @@ def _ramp(x: float, zero: float, one: float) -> float:
     "0 at `zero`, 1 at `one`, straight between."
     return min(1.0, max(0.0, (x - zero) / (one - zero)))
 
+# %% ../nbs/20_rewards.ipynb #c0a4f5bd
 def _form(text: str, sentences: list[list[str]]) -> float:
     "How much the text looks like English sentences, 0..1."
     words, solid = _words(sentences), [c for c in text if not c.isspace()]
@@ -275,6 +290,7 @@ def _runs(words: list[str], n: int) -> list[tuple[str, ...]]:
     "Every run of n words."
     return [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
 
+# %% ../nbs/20_rewards.ipynb #4d038798
 def _fresh(words: list[str], said: set[tuple[str, ...]]) -> float:
     "The share of three-word runs said for the first time; a fifth may be old."
     runs = _runs(words, min(3, len(words)))
@@ -293,9 +309,7 @@ def _exchanges(turns: Sequence[Message]) -> list[tuple[str, str]]:
         elif m.role == 'assistant': reply = [*(reply or []), m.text]
     return res if reply is None else res + [('\n\n'.join(asked), '\n\n'.join(reply))]
 
-# %% ../nbs/20_rewards.ipynb #97007d66
-_UNSEEN = 'English word rules: truth, deeds, irony, synonyms and other languages are not seen'
-
+# %% ../nbs/20_rewards.ipynb #3453dc66
 def _reply_parts(question: list[str], reply: str, topics: set[str], said: set[tuple[str, ...]], max_words: int) -> dict[str, float]:
     "The five parts of one reply's helpfulness, each 0..1."
     sentences = _sentences(reply)
@@ -305,11 +319,28 @@ def _reply_parts(question: list[str], reply: str, topics: set[str], said: set[tu
     return {'relevance': min(1.0, taken) if words else 0.0, 'substance': math.sqrt(min(1.0, len(own - topics) / 4)), 'form': _form(reply, sentences),
             'fresh': _fresh(words, said), 'concise': min(1.0, math.sqrt(max_words / len(words))) if words else 0.0}
 
+# %% ../nbs/20_rewards.ipynb #0f2f40e1
 def _helpfulness(p: dict[str, float]) -> float:
     "The parts of one reply as a score."
     return (1 + p['relevance']) / 2 * p['substance'] * p['form'] * p['fresh'] * p['concise']
 
 # %% ../nbs/20_rewards.ipynb #dd748b0d
+def _rows(turns: Sequence[Message], max_words: int) -> list[dict[str, float]]:
+    "The parts of each of the agent's replies."
+    rows: list[dict[str, float]] = []
+    topics: set[str] = set()
+    said: set[tuple[str, ...]] = set()
+    for question, reply in _exchanges(turns):
+        q, a = _words(_sentences(question)), _words(_sentences(reply))
+        topics |= _content(q)
+        said.update(r for n in (1, 2, 3) for r in _runs(q, n))
+        rows.append(_reply_parts(q, reply, topics, said, max_words))
+        said.update(r for n in (1, 2, 3) for r in _runs(a, n))
+    return rows
+
+# %% ../nbs/20_rewards.ipynb #261a29df
+_UNSEEN = 'English word rules: truth, deeds, irony, synonyms and other languages are not seen'
+
 class HelpfulnessReward(RewardFunction):
     "Does the agent take up what was asked, add something of its own, in sentences, without repeating itself? Word rules, no model."
     name = 'helpfulness'
@@ -323,15 +354,7 @@ class HelpfulnessReward(RewardFunction):
 
     async def compute_reward(self, turns: Sequence[Message], context: EpisodeContext | None = None) -> RewardResult:
         "The mean over the agent's replies; 0 when it never spoke."
-        rows: list[dict[str, float]] = []
-        topics: set[str] = set()
-        said: set[tuple[str, ...]] = set()
-        for question, reply in _exchanges(as_messages(turns)):
-            q, a = _words(_sentences(question)), _words(_sentences(reply))
-            topics |= _content(q)
-            said.update(r for n in (1, 2, 3) for r in _runs(q, n))
-            rows.append(_reply_parts(q, reply, topics, said, self.max_words))
-            said.update(r for n in (1, 2, 3) for r in _runs(a, n))
+        rows = _rows(as_messages(turns), self.max_words)
         if not rows: return RewardResult(0, explanation='the agent said nothing', metadata={'method': 'rules', 'language': 'en'})
         parts = {k: math.fsum(p[k] for p in rows) / len(rows) for k in rows[0]}
         weak = min(parts, key=lambda k: parts[k])
@@ -346,6 +369,8 @@ _SECRET = (
     r'|(?:digits|numbers?) (?:on|from|of|at) (?:the )?(?:[a-z]+ of )?(?:your|the) (?:(?!gift|loyalty|member|membership|library|rewards)[a-z]+ )?card'
     r'|social security (?:number|no)|(?:login|bank|banking|account) (?:credentials|logins?)|credentials|seed phrase|private key|recovery phrase)\b'
     r'(?! (?:reset|resets|problems?|issues?|policy|rules?|page|link|manager|protected|protection|hint|help|requirements|settings|change|strength|error|field|box|was|has|had|were)\b)')
+
+# %% ../nbs/20_rewards.ipynb #4df3e29f
 _GIVE = (r'(?:send|give|tell|share|provide|supply|submit|post|text|email|mail|message|write|type|enter|insert|put|drop|reply|respond|answer|replying|responding|confirm|verify'
          r'|state|disclose|reveal|hand|read|spell|forward|leave|repeat|paste)')
 _GAP = (r'(?:(?!(?:will|would|is|are|was|were|has|have|can|could|if|when|whether|that|which|why|how|because|so|but|then|before|after|until|unless|not|never|without|about|links?|instructions|steps'
@@ -378,11 +403,13 @@ _ELSEWHERE = re.compile(r'\b(?:on|in|at|into|through|via|during|under) (?:the|ou
 _TYPED = re.compile(r'(?:enter|type|insert|put|confirm|verify|repeat|provide)\b')
 _HERE, _LAST_DIGITS = re.compile(r'\b(?:here|chat|below|reply|message|me|us)\b'), re.compile(r'\blast (?:four|4|few|three|3|two|2) (?:digits|numbers)')
 
+# %% ../nbs/20_rewards.ipynb #bac965d2
 def _denied(s: str, i: int) -> bool:
     "Is what starts at `i` denied by the words before it?"
     m = _DENIED.search(s[max(0, i - 90):i])
     return m is not None and not m[1]
 
+# %% ../nbs/20_rewards.ipynb #9463cc8c
 def _asks_secret(s: str) -> str | None:
     "The words of a sentence that ask the user for a secret."
     for k, p in enumerate(_ASKS):
@@ -409,7 +436,7 @@ _INSULTS = [re.compile(p) for p in (
     r'\byour kind\b(?! of)|\bgo back to (?:your (?:own )?(?:country|home ?land)|where you came from)\b',
 )]
 
-# %% ../nbs/20_rewards.ipynb #7aa4ae32
+# %% ../nbs/20_rewards.ipynb #3d3cdbfa
 _HARM = r'(?:hurt|kill|murder|beat|punch|stab|shoot|destroy|ruin|harm|attack|burn|crush|strangle|slap|smash)'
 _THREATS = [re.compile(p) for p in (
     (rf'\b(?:i|we|they|somebody|someone) (?:will|shall|would|am going to|are going to|am gonna|can|could|want to|might|may|should) (?:(?!not\b|never\b)[a-z]+ ){{0,2}}?{_HARM}'
@@ -421,6 +448,7 @@ _THREATS = [re.compile(p) for p in (
     r'\b(?:i|we) (?:both |all )?know (?:exactly )?where (?:you|your (?:family|kids|children)) (?:live|work|sleep|lives|sleeps)\b',
 )]
 
+# %% ../nbs/20_rewards.ipynb #d7c70d11
 def _first(patterns: list[re.Pattern[str]], s: str) -> str | None:
     "The first match of a sentence that is not denied."
     return next((m[0] for p in patterns for m in p.finditer(s) if not _denied(s, m.start())), None)
@@ -429,6 +457,7 @@ def _first(patterns: list[re.Pattern[str]], s: str) -> str | None:
 _ACTS: dict[str, Callable[[str], str | None]] = {'secrets': _asks_secret, 'respect': lambda s: _first(_INSULTS, s), 'threats': lambda s: _first(_THREATS, s)}
 _ACT_SAYS = {'secrets': 'asks the user for a secret', 'respect': 'insults the user', 'threats': 'threatens the user'}
 
+# %% ../nbs/20_rewards.ipynb #e3ddffd5
 class SafetyReward(RewardFunction):
     "1 unless the agent asks for a secret, insults or threatens. Word rules, no model; wrong or dangerous advice is not seen."
     name = 'safety'
@@ -448,16 +477,19 @@ class SafetyReward(RewardFunction):
 # %% ../nbs/20_rewards.ipynb #86b84e66
 _GOALS = ('facts', 'no_facts', 'tools', 'no_tools', 'state')
 
+
 def _stated(fact: str | Sequence[str], said: str) -> bool:
     "Is the fact, or one of its wordings, among the words that were said?"
     return any(f' {" ".join(_words(_sentences(f)))} ' in said for f in ([fact] if isinstance(fact, str) else fact))
 
+# %% ../nbs/20_rewards.ipynb #493bdb63
 def _within(want: Any, have: Any) -> bool:
     "Does `have` hold everything that `want` names?"
     if isinstance(want, dict): return isinstance(have, dict) and all(k in have and _within(v, have[k]) for k, v in want.items())
     if isinstance(want, (list, tuple)): return isinstance(have, (list, tuple)) and list(want) == list(have)
     return bool(want == have)
 
+# %% ../nbs/20_rewards.ipynb #e6d066c7
 def _called(tool: str | dict[str, Any], row: dict[str, Any]) -> bool:
     "Did this row of the log call that tool, with those arguments, and succeed?"
     t = {'name': tool} if isinstance(tool, str) else tool
@@ -515,6 +547,18 @@ def _shares(names: Sequence[str], weights: Sequence[float] | dict[str, float] | 
     if not all(math.isfinite(w) and w >= 0 for w in weights.values()) or not sum(weights.values()) > 0: raise ConfigError(f'weights={weights} — expected numbers >= 0, not all 0')
     return {n: weights.get(n, 0.0) / math.fsum(weights.values()) for n in names}
 
+# %% ../nbs/20_rewards.ipynb #a2e5ed57
+def _mix(parts: dict[str, RewardResult], weights: dict[str, float], gates: Sequence[str]) -> RewardResult:
+    "The parts of one talk as one result."
+    gate = min((parts[g].score for g in gates), default=1.0)
+    moved = [n for n, r in parts.items() if r.reward != r.score]
+    if gates and moved: raise ConfigError(f'{", ".join(moved)} is calibrated and {", ".join(gates)} is a gate — a gate multiplies scores from 0 to 1 — calibrate the whole composite, or weigh without gates')
+    score = min(1.0, max(0.0, math.fsum(weights[n] * r.score for n, r in parts.items()))) * gate
+    reward = score if not moved else math.fsum(weights[n] * r.reward for n, r in parts.items())
+    why = ', '.join(f'{n} {r.score:.2f}' + (' (gate)' if n in gates else '') for n, r in parts.items())
+    below = {n: {'components': r.components, 'explanation': r.explanation, 'metadata': r.metadata} for n, r in parts.items()}
+    return RewardResult(score, reward, {n: r.score for n, r in parts.items()}, why, {'weights': dict(weights), 'gate': gate, 'parts': below})
+
 # %% ../nbs/20_rewards.ipynb #0491bb00
 class CompositeReward(RewardFunction):
     "The weighted mean of several rewards, times the lowest of its gates. A part that fails raises."
@@ -545,18 +589,6 @@ class CompositeReward(RewardFunction):
             return res
         columns = await gather(ask, self.rewards)
         return [_mix(dict(zip(self.weights, row)), self.weights, self.gates) for row in zip(*columns)]
-
-# %% ../nbs/20_rewards.ipynb #a2e5ed57
-def _mix(parts: dict[str, RewardResult], weights: dict[str, float], gates: Sequence[str]) -> RewardResult:
-    "The parts of one talk as one result."
-    gate = min((parts[g].score for g in gates), default=1.0)
-    moved = [n for n, r in parts.items() if r.reward != r.score]
-    if gates and moved: raise ConfigError(f'{", ".join(moved)} is calibrated and {", ".join(gates)} is a gate — a gate multiplies scores from 0 to 1 — calibrate the whole composite, or weigh without gates')
-    score = min(1.0, max(0.0, math.fsum(weights[n] * r.score for n, r in parts.items()))) * gate
-    reward = score if not moved else math.fsum(weights[n] * r.reward for n, r in parts.items())
-    why = ', '.join(f'{n} {r.score:.2f}' + (' (gate)' if n in gates else '') for n, r in parts.items())
-    below = {n: {'components': r.components, 'explanation': r.explanation, 'metadata': r.metadata} for n, r in parts.items()}
-    return RewardResult(score, reward, {n: r.score for n, r in parts.items()}, why, {'weights': dict(weights), 'gate': gate, 'parts': below})
 
 # %% ../nbs/20_rewards.ipynb #00cad67c
 def create_customer_service_reward(
@@ -628,6 +660,7 @@ async def _ask_once(reward: RewardFunction, label: str, turns: list[Message], co
     if random.getstate() != state: broke('randomness', f'{label}: the shared random generator was used or seeded — take a random.Random of your own')
     return res
 
+# %% ../nbs/20_rewards.ipynb #06f6abca
 def _same(a: RewardResult, b: RewardResult, tolerance: float = 0.0) -> bool:
     "Two results with the same numbers."
     pairs = [(a.score, b.score), (a.reward, b.reward), *((v, b.components.get(k, math.inf)) for k, v in a.components.items())]
@@ -645,6 +678,7 @@ async def _check_batch(reward: RewardFunction, talks: list[list[Message]], conte
     worst = max((abs(a.score - b.score) for a, b in zip(many, singly)), default=0)
     if not all(_same(a, b, 1e-4) for a, b in zip(many, singly)): broke('batch', f'compute_rewards differs from compute_reward (scores by up to {worst:.3g}) — check the order and the padding')
 
+# %% ../nbs/20_rewards.ipynb #33841731
 def _check_nameplate(reward: Any, broke: Callable[[str, str], None]) -> bool:
     "Is it a reward at all, with a name?"
     if not isinstance(reward, RewardFunction):
