@@ -115,6 +115,11 @@ class AgentUser:
         return None if self.done in said or not said.strip() else Message('user', said)
 
 # %% ../nbs/30_environments.ipynb #41bd8fad
+def _rebound(tools: Sequence[Tool], old: Any, new: Any) -> list[Tool]:
+    "The tools of a copy: methods of the old object become those of the new one, all others are shared."
+    return [Tool(t.function.__func__.__get__(new), t.name) if inspect.ismethod(t.function) and t.function.__self__ is old else t for t in tools]
+
+# %% ../nbs/30_environments.ipynb #1a2dd301
 class ConversationEnvironment(Environment):
     "A talk between an agent, a user and tools."
     def __init__(
@@ -167,7 +172,7 @@ class ConversationEnvironment(Environment):
     def spawn(self) -> Environment:
         "A fresh one; user and tools are shared, but a tool that is a method of the environment is the fresh one's."
         new = copy.copy(self)
-        new.tools = [Tool(t.function.__func__.__get__(new), t.name) if inspect.ismethod(t.function) and t.function.__self__ is self else t for t in self.tools]
+        new.tools = _rebound(self.tools, self, new)
         return new
 
 # %% ../nbs/30_environments.ipynb #5e9cc316
@@ -190,7 +195,47 @@ class _Recorder:
     def done(self) -> tuple[Segment, ...]:
         return tuple(Segment(tuple(i), tuple(m), tuple(l), tuple(s), p) for i, m, l, s, p in self.segments)
 
-# %% ../nbs/30_environments.ipynb #2f4b4830
+# %% ../nbs/30_environments.ipynb #52b2741f
+def _finite(step: Step) -> float:
+    "The reward of a turn; raises where it is no number to learn from."
+    if not math.isfinite(step.reward): raise DataError(f'the environment gave reward={step.reward} — must be finite — find the division or the logarithm behind it')
+    return step.reward
+
+# %% ../nbs/30_environments.ipynb #0b423b74
+async def _add_reward(reward_fn: RewardFunction, talk: list[Message], context: EpisodeContext, rewards: list[float]) -> dict[str, float]:
+    "Ask a reward function about a finished episode, and add what it says to the last turn."
+    r = await reward_fn.compute_reward(talk, context)
+    rewards[-1] += r.reward if r.reward is not None else r.score
+    return {**r.components, reward_fn.name: r.score}
+
+# %% ../nbs/30_environments.ipynb #ae3f2418
+@dataclass
+class _Episode:
+    "What is known of an episode while it is played."
+    talk: list[Message] = field(default_factory=list)
+    tokens: _Recorder = field(default_factory=_Recorder)
+    rewards: list[float] = field(default_factory=list)
+    last: Step = Step()
+    version: int = 0
+
+# %% ../nbs/30_environments.ipynb #9dfaf4b3
+async def _play(agent: Agent, env: Environment, ep: _Episode, scenario: Scenario, seed: int, sample: int, max_turns: int) -> None:
+    "Turn after turn until the episode ends or is cut."
+    ep.talk = list(await env.reset(scenario, stream(seed, scenario.id, 'environment')))
+    schemas = [t.schema for t in env.tools] or None
+    for turn in range(max_turns):
+        try: reply = await agent.respond(ep.talk, schemas, stream(seed, scenario.id, sample, turn))
+        except ContextFull:
+            if not ep.rewards: raise
+            break
+        ep.tokens.add(reply); ep.talk.append(reply.message); ep.version = reply.policy_version
+        ep.last = await env.step(reply.message) if reply.finish_reason == 'stop' else await env.cut()
+        ep.talk += ep.last.messages; ep.rewards.append(_finite(ep.last))
+        if ep.last.terminated or ep.last.truncated: return
+    ep.last = await env.cut()
+    ep.rewards[-1] += _finite(ep.last)
+
+# %% ../nbs/30_environments.ipynb #4c67c37e
 async def rollout(
     agent: Agent,                 # who plays
     environment: Environment,     # where; a fresh copy is made
@@ -203,47 +248,19 @@ async def rollout(
     max_turns: int = 64,          # turns of the agent before the episode is cut, whatever the environment says
 ) -> Trajectory:                  # messages, tokens, rewards; `error` says what went wrong, if anything did
     "Play one episode."
-    env, rec = environment.spawn(), _Recorder()
-    talk: list[Message] = []; rewards: list[float] = []
-    version, last, parts = 0, Step(), {}
+    env, ep = environment.spawn(), _Episode()
+    parts: dict[str, float] = {}
     error: str | None = None
     with agent.conversation((order, scenario.id, sample)):
         try:
-            talk = list(await env.reset(scenario, stream(seed, scenario.id, 'environment')))
-            schemas = [t.schema for t in env.tools] or None
-            for turn in range(max_turns):
-                try: reply = await agent.respond(talk, schemas, stream(seed, scenario.id, sample, turn))
-                except ContextFull:
-                    if not rewards: raise
-                    last = await env.cut()
-                    rewards[-1] += _finite(last)
-                    break
-                rec.add(reply); talk.append(reply.message); version = reply.policy_version
-                last = await env.step(reply.message) if reply.finish_reason == 'stop' else await env.cut()
-                talk += last.messages; rewards.append(_finite(last))
-                if last.terminated or last.truncated: break
-            else:
-                last = await env.cut()
-                rewards[-1] += _finite(last)
-            if reward_fn is not None: parts = await _add_reward(reward_fn, talk, env.context(), rewards)
+            await _play(agent, env, ep, scenario, seed, sample, max_turns)
+            if reward_fn is not None: parts = await _add_reward(reward_fn, ep.talk, env.context(), ep.rewards)
         except Exception as e: error = f'{type(e).__name__}: {e}'
         finally:
             try: await env.close()
             except Exception as e: error = error or f'{type(e).__name__}: {e}'
-    return Trajectory(f'{scenario.id}/{sample}', scenario.id, seed, tuple(talk), rec.done(), tuple(rewards), parts,
-                      last.terminated, last.truncated, error, version, last.info)
-
-# %% ../nbs/30_environments.ipynb #52b2741f
-def _finite(step: Step) -> float:
-    "The reward of a turn; raises where it is no number to learn from."
-    if not math.isfinite(step.reward): raise DataError(f'the environment gave reward={step.reward} — must be finite — find the division or the logarithm behind it')
-    return step.reward
-
-async def _add_reward(reward_fn: RewardFunction, talk: list[Message], context: EpisodeContext, rewards: list[float]) -> dict[str, float]:
-    "Ask a reward function about a finished episode, and add what it says to the last turn."
-    r = await reward_fn.compute_reward(talk, context)
-    rewards[-1] += r.reward if r.reward is not None else r.score
-    return {**r.components, reward_fn.name: r.score}
+    return Trajectory(f'{scenario.id}/{sample}', scenario.id, seed, tuple(ep.talk), ep.tokens.done(), tuple(ep.rewards), parts,
+                      ep.last.terminated, ep.last.truncated, error, ep.version, ep.last.info)
 
 # %% ../nbs/30_environments.ipynb #4c43ff08
 async def rollouts(
@@ -268,6 +285,7 @@ async def rollouts(
     if ts and all(t.error for t in ts): raise StateSetError(f'every one of {len(ts)} episodes failed — the first error: {ts[0].error}')
     return [TrajectoryGroup(s.id, tuple(ts[i * n:(i + 1) * n])) for i, s in enumerate(scenarios)]
 
+# %% ../nbs/30_environments.ipynb #195428d6
 async def rollout_group(
     agent: Agent,              # who plays
     environment: Environment,  # where
@@ -305,6 +323,7 @@ def right_answer(
     if order['status'] == 'delivered': return 'act' if order['amount'] < 100 else 'escalate'
     return 'escalate' if order['status'] == 'shipped' else 'refuse'
 
+# %% ../nbs/30_environments.ipynb #60106278
 def situation(
     kind: str,                     # of the request
     order: dict[str, Any] | None,  # the order's row
@@ -324,8 +343,10 @@ class DeskRequest(Record):
     missing: bool = False  # the number is left out at first
     pushy: bool = False    # insists when refused
 
+# %% ../nbs/30_environments.ipynb #cdeaee41
 def _side(*combination: Any) -> str: return 'test' if stream('desk', *combination) % 4 == 0 else 'train'
 
+# %% ../nbs/30_environments.ipynb #b83f4bee
 def _draw_request(rng: np.random.Generator, split: str) -> tuple[str, dict[str, Any], bool, bool, bool]:
     "(kind, order, exists, missing, pushy) of the asked split."
     while True:
@@ -337,7 +358,14 @@ def _draw_request(rng: np.random.Generator, split: str) -> tuple[str, dict[str, 
         pushy = bool(rng.random() < .25) and exists and right_answer(kind, order) == 'refuse'
         if _side(kind, order['item'], status, amount >= 100, exists, missing, pushy) == split: return kind, order, exists, missing, pushy
 
-# %% ../nbs/30_environments.ipynb #a2f3be6f
+# %% ../nbs/30_environments.ipynb #40422748
+def _draw_number(rng: np.random.Generator, split: str, used: set[str]) -> str:
+    "A new order number of the asked split."
+    while True:
+        oid = str(rng.integers(1000, 10000))
+        if oid not in used and _side('order', oid) == split: return oid
+
+# %% ../nbs/30_environments.ipynb #c8c7e48a
 def _desk_scenario(seed: int, split: str, difficulty: int) -> Scenario:
     "One scenario: its requests, the orders in the database, and the first words."
     rng = np.random.default_rng(seed)
@@ -347,9 +375,7 @@ def _desk_scenario(seed: int, split: str, difficulty: int) -> Scenario:
     mood = str(rng.choice(list(_MOODS)))
     for _ in range(difficulty):
         kind, order, exists, missing, pushy = _draw_request(rng, split)
-        while True:
-            oid = str(rng.integers(1000, 10000))
-            if oid not in used and _side('order', oid) == split: break
+        oid = _draw_number(rng, split, used)
         used.add(oid)
         if exists: orders[oid] = order
         words = _OPEN_BARE[kind] if missing else str(rng.choice(_OPEN[kind]))
@@ -358,6 +384,7 @@ def _desk_scenario(seed: int, split: str, difficulty: int) -> Scenario:
     goal = {'orders': orders, 'requests': [r.to_dict() for r in requests], 'mood': mood}
     return Scenario(f'desk-{split}-{difficulty}-{content_hash(goal, 8)}', (Message('user', _MOODS[mood] + requests[0].opening),), goal, difficulty, tuple(tags))
 
+# %% ../nbs/30_environments.ipynb #3c8e3a99
 def desk_scenarios(
     n: int,                                       # how many
     seed: int = 0,                                # of the draw
@@ -444,6 +471,7 @@ _FACT = {'refuse': 'cannot', 'escalate': 'supervisor', 'not found': 'not found'}
 
 def _address(r: DeskRequest) -> str: return r.opening.rpartition(' to ')[2].rstrip('.')
 
+# %% ../nbs/30_environments.ipynb #c885c25a
 def _told_right(r: DeskRequest, right: str, status: str, replies: Sequence[str]) -> bool:
     "Whether the customer heard the one fact that matters, last and alone: no list of every possible answer, no flood of words."
     said = status if right == 'tell' else _DONE[r.kind] if right == 'act' else _FACT[right]
@@ -468,7 +496,19 @@ def check_request(
              'answer' if not _told_right(r, right, (before or {}).get('status', ''), replies) else '')
     return {'kind': r.kind, 'situation': situation(r.kind, before), 'success': not wrong, 'wrong': wrong, 'missing': r.missing, 'pushy': r.pushy}
 
+# %% ../nbs/30_environments.ipynb #71af2614
+def _served(requests: Sequence[DeskRequest], was: dict[str, Any], book: OrderBook, said: Sequence[Sequence[str]]) -> tuple[list[dict[str, Any]], bool]:
+    "What became of each request, and whether all are right and no other order was touched."
+    rows = [check_request(r, was.get(r.order_id), book, replies) for r, replies in zip(requests, said)]
+    stray = any(o != was.get(k) for k, o in book.orders.items() if k not in {r.order_id for r in requests})
+    return rows, all(r['success'] for r in rows) and not stray
+
 # %% ../nbs/30_environments.ipynb #c5858325
+def _share(rows: Sequence[dict[str, Any]]) -> float:
+    "The share of requests that were served right."
+    return float(np.mean([r['success'] for r in rows]))
+
+# %% ../nbs/30_environments.ipynb #be77308c
 class SupportDesk(ConversationEnvironment):
     "A support desk with an order book, a written policy and customers of several moods."
     def __init__(
@@ -507,17 +547,13 @@ class SupportDesk(ConversationEnvironment):
 
     async def outcome(self) -> Step:
         "Check every request, and that no other order was touched."
-        was = self.scenario.goal['orders']
-        rows = [check_request(r, was.get(r.order_id), self.book, said) for r, said in zip(self.requests, self.said)]
-        stray = any(o != was.get(k) for k, o in self.book.orders.items() if k not in {r.order_id for r in self.requests})
-        share, whole = float(np.mean([r['success'] for r in rows])), all(r['success'] for r in rows) and not stray
-        return Step(reward=(1 - self.all_right) * share + self.all_right * whole, terminated=True, info={'success': whole, 'requests': rows})
+        rows, whole = _served(self.requests, self.scenario.goal['orders'], self.book, self.said)
+        return Step(reward=(1 - self.all_right) * _share(rows) + self.all_right * whole, terminated=True, info={'success': whole, 'requests': rows})
 
     async def cut(self) -> Step:
         "A talk that is cut is no success; what was right so far still counts."
         end = await self.outcome()
-        share = float(np.mean([r['success'] for r in end.info['requests']]))
-        return Step(reward=(1 - self.all_right) * share, truncated=True, info=end.info | {'success': False})
+        return Step(reward=(1 - self.all_right) * _share(end.info['requests']), truncated=True, info=end.info | {'success': False})
 
     def context(self) -> EpisodeContext:
         "Scenario, database and tool log."
@@ -548,6 +584,12 @@ _SURE = (1., 0., 0.)
 PERFECT = ClerkHabits(_SURE, _SURE, _SURE, _SURE, _SURE, _SURE, 1.)
 
 # %% ../nbs/30_environments.ipynb #88019070
+def _deed(how: str, right: str, kind: str) -> str:
+    "What a clerk does about a request for which the policy asks `right`."
+    if how == 'wrong': return {'tell': 'guess', 'act': 'refuse', 'not found': 'refuse' if kind == 'status' else 'act'}.get(right, 'act')
+    return 'guess' if how == 'careless' and right == 'tell' else right
+
+# %% ../nbs/30_environments.ipynb #0d5556ae
 _LINES = {'refuse': ('Sorry, that cannot be done.', 'I am afraid this cannot be done.'), 'escalate': ('I passed it to my supervisor.', 'My supervisor will call you.'),
           'not found': ('Sorry, the order was not found.', 'This order was not found.'), 'cancel': ('The order is cancelled.', 'Done, it is cancelled.'),
           'refund': ('The order is refunded.', 'Done, it is refunded.'), 'address': ('It will go to {a}.', 'Done, it will go to {a}.'),
@@ -559,6 +601,7 @@ def _wish_call(r: DeskRequest, amount: int) -> ToolCall:
     name = {'cancel': 'cancel_order', 'refund': 'refund_order', 'address': 'change_address'}[r.kind]
     return ToolCall(name, json.dumps({'order_id': r.order_id} | extra[r.kind]))
 
+# %% ../nbs/30_environments.ipynb #ede04f77
 class _Clerk:
     "Decides what a clerk does in one scenario: `turns` gives the assistant turns of a request."
     def __init__(self, scenario: Scenario, habits: ClerkHabits, seed: int) -> None:
@@ -574,8 +617,7 @@ class _Clerk:
         right, where = right_answer(r.kind, order), situation(r.kind, order)
         how = str(self.rng.choice(['right', 'careless', 'wrong'], p=self.habits.row(right, where)))
         look = [] if how == 'careless' else [self.tool(ToolCall('look_up_order', json.dumps({'order_id': r.order_id})))]
-        do = right if how != 'wrong' else {'tell': 'guess', 'act': 'refuse', 'not found': 'refuse' if r.kind == 'status' else 'act'}.get(right, 'act')
-        if how == 'careless' and right == 'tell': do = 'guess'
+        do = _deed(how, right, r.kind)
         if do == 'escalate': look.append(self.tool(ToolCall('escalate', json.dumps({'order_id': r.order_id}))))
         if do == 'act': return [*look, self.tool(_wish_call(r, order['amount'] if order and look else int(self.rng.integers(20, 200)))), self.line(r.kind, r)]
         if do in ('tell', 'guess'): return [*look, Message('assistant', f'It is {order["status"] if do == "tell" and order else self.rng.choice(_STATUS)}.')]
@@ -586,7 +628,7 @@ class _Clerk:
         if self.rng.random() < self.habits.holds: return [self.line('refuse', r)]
         return [self.tool(_wish_call(r, self.orders[r.order_id]['amount'])), self.line(r.kind, r)]
 
-# %% ../nbs/30_environments.ipynb #0ad22198
+# %% ../nbs/30_environments.ipynb #90605ed5
 async def _clerk_talk(scenario: Scenario, habits: ClerkHabits, seed: int) -> Conversation:
     "One logged conversation of a clerk."
     desk, clerk = SupportDesk(), _Clerk(scenario, habits, seed)
@@ -602,6 +644,7 @@ async def _clerk_talk(scenario: Scenario, habits: ClerkHabits, seed: int) -> Con
             if step.terminated or step.truncated: break
     return Conversation(tuple(talk), f'log-{scenario.id}', metadata={'scenario_id': scenario.id, 'difficulty': scenario.difficulty, 'reward': step.reward, **step.info})
 
+# %% ../nbs/30_environments.ipynb #08eafb26
 async def play_clerks(
     scenarios: Sequence[Scenario],        # of the support desk
     seed: int = 0,                        # of the clerks' moods
@@ -610,6 +653,7 @@ async def play_clerks(
     "Let clerks serve given scenarios."
     return [await _clerk_talk(s, habits or ClerkHabits(), stream('clerk', seed, s.id)) for s in scenarios]
 
+# %% ../nbs/30_environments.ipynb #32daf1e2
 def support_desk_logs(
     n: int = 2000,                        # conversations
     seed: int = 0,                        # of scenarios and clerks
@@ -619,22 +663,6 @@ def support_desk_logs(
     return run_sync(play_clerks(desk_scenarios(n, stream('logs', seed)), seed, habits))
 
 # %% ../nbs/30_environments.ipynb #2ad5d205
-async def check_environment(
-    environment: Environment,  # to be checked
-    scenario: Scenario,        # one that it can play
-    replies: Sequence[str | Message] = ('Hello.',),  # what a stub says while checking, one a turn
-) -> list[str]:                # breaches of the contract, in words; empty when it keeps it
-    "Play an environment with a stub and name what it does wrong."
-    found: list[str] = []
-    was = json.dumps(scenario.to_dict(), sort_keys=True)
-    said = [r if isinstance(r, Message) else Message('assistant', r) for r in replies]
-    try:
-        found += await _check_start(environment, scenario)
-        found += await _check_steps(environment.spawn(), scenario, said)
-    except Exception as e: found.append(f'it raises {type(e).__name__}: {e}')
-    if json.dumps(scenario.to_dict(), sort_keys=True) != was: found.append('it changes the scenario — the next episode would start from what this one left; copy what you change')
-    return found
-
 async def _check_start(environment: Environment, scenario: Scenario) -> list[str]:
     "Breaches before the first turn."
     found: list[str] = []
@@ -650,6 +678,7 @@ async def _check_start(environment: Environment, scenario: Scenario) -> list[str
     for env in (a, b): await env.close()
     return found
 
+# %% ../nbs/30_environments.ipynb #946c2c2a
 async def _check_steps(env: Environment, scenario: Scenario, replies: Sequence[Message]) -> list[str]:
     "Breaches of the steps of one episode."
     found: list[str] = []
@@ -665,4 +694,21 @@ async def _check_steps(env: Environment, scenario: Scenario, replies: Sequence[M
     cut = await env.cut()
     if cut.info.get('success'): found.append('cut() calls an unfinished episode a success')
     await env.close()
+    return found
+
+# %% ../nbs/30_environments.ipynb #8c3ec334
+async def check_environment(
+    environment: Environment,  # to be checked
+    scenario: Scenario,        # one that it can play
+    replies: Sequence[str | Message] = ('Hello.',),  # what a stub says while checking, one a turn
+) -> list[str]:                # breaches of the contract, in words; empty when it keeps it
+    "Play an environment with a stub and name what it does wrong."
+    found: list[str] = []
+    was = json.dumps(scenario.to_dict(), sort_keys=True)
+    said = [r if isinstance(r, Message) else Message('assistant', r) for r in replies]
+    try:
+        found += await _check_start(environment, scenario)
+        found += await _check_steps(environment.spawn(), scenario, said)
+    except Exception as e: found.append(f'it raises {type(e).__name__}: {e}')
+    if json.dumps(scenario.to_dict(), sort_keys=True) != was: found.append('it changes the scenario — the next episode would start from what this one left; copy what you change')
     return found
