@@ -27,6 +27,7 @@ def _reward_rows(rewards: Tensor | Sequence[Sequence[float | None]]) -> Tensor:
     if rewards.isinf().any(): raise ValueError('a reward is infinite — expected finite numbers, None or NaN for a lost answer — mend the reward function')
     return rewards.to(torch.promote_types(rewards.dtype, torch.float32))
 
+# %% ../nbs/31_grpo.ipynb #eb68d9c8
 def _bounds(r: Tensor) -> tuple[Tensor, Tensor]:
     "Lowest and highest reward of each group [P, 1], lost answers left out."
     lost = r.isnan()
@@ -134,14 +135,16 @@ def _piece_rows(logits: Tensor) -> int:
     "How many rows of logits make one piece."
     return max(1, _PIECE.get(logits.device.type, 2**26) // logits.size(-1))
 
+# %% ../nbs/31_grpo.ipynb #9059ae3e
 def _pieces(
     x: Tensor,  # [..., C]
     rows: int,  # rows of C in one piece
-) -> list[Tensor]:  # views [<= rows, C], together all of `x`
+) -> list[Tensor]:  # each [<= rows, C], together all of `x`; views where `x` is contiguous
     "A tensor row by row in small pieces, without copying it whole."
     per = max(1, math.prod(x.shape[1:-1]))
     return [piece for part in x.split(max(1, rows // per)) for piece in part.flatten(0, -2).split(rows)]
 
+# %% ../nbs/31_grpo.ipynb #09ba33d0
 def _warm(z: Tensor, temperature: float) -> Tensor:
     "Logits over the temperature, in float32 or better."
     z = z.to(torch.promote_types(z.dtype, torch.float32))
@@ -197,6 +200,7 @@ def sum_and_count(
     m = mask.bool()
     return torch.stack([torch.where(m, x, 0).sum(), m.sum()]).detach()
 
+# %% ../nbs/31_grpo.ipynb #3d47499a
 def mean_metrics(
     parts: Iterable[dict[str, Tensor]],  # what each micro-batch reported: name to [2], sum and count
 ) -> dict[str, float]:                   # name to mean; a name that counted nothing is left out
@@ -295,7 +299,7 @@ def aggregate(
     if max_completion_length is None: raise ValueError('dr_grpo divides by max_completion_length — got None — pass the limit that sampling had')
     return rows.sum() / (n * max_completion_length)
 
-# %% ../nbs/31_grpo.ipynb #500df4af
+# %% ../nbs/31_grpo.ipynb #1607ba4c
 def _check_shapes(logps: Tensor, others: dict[str, Tensor | None], advantages: Tensor, level: str) -> None:
     "Refuse what would broadcast into something else."
     for name, x in others.items():
@@ -303,6 +307,7 @@ def _check_shapes(logps: Tensor, others: dict[str, Tensor | None], advantages: T
     if advantages.shape not in (logps.shape[:1], logps.shape): raise ValueError(f'advantages are {list(advantages.shape)} — expected [B] or [B, T] for logps {list(logps.shape)}')
     if level == 'sequence' and advantages.dim() == 2: raise ValueError("level='sequence' has one ratio for a whole sequence — got an advantage per token — use level='token' or advantages [B]")
 
+# %% ../nbs/31_grpo.ipynb #500df4af
 def _keep(x: Tensor, m: Tensor) -> Tensor:
     "`x` in float32 or better, exactly 0 (and without gradient) where the mask is 0."
     return torch.where(m, x.to(torch.promote_types(x.dtype, torch.float32)), 0)
