@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 # %% auto #0
 __all__ = ['ROLES', 'T', 'U', 'StateSetError', 'ConfigError', 'DataError', 'BackendError', 'MissingDependency', 'NotTrained',
-           'require', 'Record', 'check_keys', 'ToolCall', 'SampledTokens', 'Message', 'content_hash', 'Conversation',
+           'require', 'check_keys', 'Record', 'ToolCall', 'SampledTokens', 'Message', 'content_hash', 'Conversation',
            'as_messages', 'write_text', 'write_jsonl', 'read_jsonl', 'read_conversations', 'Scenario', 'Segment',
            'Trajectory', 'TrajectoryGroup', 'unit_score', 'TrainingExample', 'Feedback', 'RewardExample', 'Preference',
            'stream', 'set_seed', 'run_sync', 'gather', 'progress_bar', 'demo_conversations']
@@ -42,13 +42,25 @@ def require(
     except ImportError as e:
         raise MissingDependency(f"{module} is not installed — it is optional — pip install 'stateset-nb[{extra}]'") from e
 
-# %% ../nbs/00_core.ipynb #a34819eb
-def _plain(v: Any) -> Any:
-    "`v` as JSON can hold it: records to dicts, tuples to lists."
-    if isinstance(v, Record): return v.to_dict()
-    if isinstance(v, (tuple, list)): return [_plain(o) for o in v]
-    if isinstance(v, dict): return {k: _plain(o) for k, o in v.items()}
-    return v
+# %% ../nbs/00_core.ipynb #7dfa0d13
+def check_keys(
+    d: Iterable[str],      # the keys that were given
+    known: Iterable[str],  # the keys that exist
+    where: str,            # what is being read, for the message
+    error: type[StateSetError] = DataError,  # what to raise
+) -> None:
+    "Refuse unknown keys, naming the nearest known one."
+    import difflib
+    known = list(known)
+    for k in d:
+        if k in known: continue
+        near = difflib.get_close_matches(str(k), known, 1)
+        raise error(f'{where} has the unknown key {k!r} — ' + (f'did you mean {near[0]!r}?' if near else f'known keys: {", ".join(known)}'))
+
+# %% ../nbs/00_core.ipynb #b04b4a50
+def _at(where: str) -> str:
+    "The beginning of an error message: where it stands, when that is known."
+    return f'{where}: ' if where else ''
 
 # %% ../nbs/00_core.ipynb #10d53886
 class Record:
@@ -74,32 +86,21 @@ class Record:
         if lack: raise DataError(f'{_at(where)}{cls.__name__} lacks {", ".join(lack)} — add the missing keys')
         return cls(**{k: _read(cls._nested.get(k), v, f'{where} {k}'.strip()) for k, v in d.items()})
 
-# %% ../nbs/00_core.ipynb #3f1f2dd1
-def _at(where: str) -> str: return f'{where}: ' if where else ''
+# %% ../nbs/00_core.ipynb #a34819eb
+def _plain(v: Any) -> Any:
+    "`v` as JSON can hold it: records to dicts, tuples to lists."
+    if isinstance(v, Record): return v.to_dict()
+    if isinstance(v, (tuple, list)): return [_plain(o) for o in v]
+    if isinstance(v, dict): return {k: _plain(o) for k, o in v.items()}
+    return v
 
+# %% ../nbs/00_core.ipynb #f07f7e41
 def _read(kind: type | None, v: Any, where: str) -> Any:
     "A JSON value as the field holds it: lists become tuples, objects of a `Record` type become that record."
     if isinstance(v, list): return tuple(_read(kind, o, f'{where}[{i}]') for i, o in enumerate(v))
     return kind.from_dict(v, where) if kind is not None and issubclass(kind, Record) and v is not None else v
 
-# %% ../nbs/00_core.ipynb #7dfa0d13
-def check_keys(
-    d: Iterable[str],      # the keys that were given
-    known: Iterable[str],  # the keys that exist
-    where: str,            # what is being read, for the message
-    error: type[StateSetError] = DataError,  # what to raise
-) -> None:
-    "Refuse unknown keys, naming the nearest known one."
-    import difflib
-    known = list(known)
-    for k in d:
-        if k in known: continue
-        near = difflib.get_close_matches(str(k), known, 1)
-        raise error(f'{where} has the unknown key {k!r} — ' + (f'did you mean {near[0]!r}?' if near else f'known keys: {", ".join(known)}'))
-
 # %% ../nbs/00_core.ipynb #e2d0138b
-ROLES = ('system', 'developer', 'user', 'assistant', 'tool')
-
 @dataclass(frozen=True)
 class ToolCall(Record):
     "One call of a tool, as the model wrote it."
@@ -149,7 +150,20 @@ def _content(v: Any, where: str) -> str | tuple[dict[str, Any], ...] | None:
             raise DataError(f'{_at(where)}content[{i}] is {p!r:.60} — only text parts {{"type": "text", "text": ...}} are read')
     return tuple(v)
 
-# %% ../nbs/00_core.ipynb #5ec6f3a0
+# %% ../nbs/00_core.ipynb #bfdc35cb
+ROLES = ('system', 'developer', 'user', 'assistant', 'tool')
+
+def _check_message(d: Any, where: str) -> None:
+    "Refuse what is no message, naming the field."
+    if not isinstance(d, dict): raise DataError(f'{_at(where)}a message is {type(d).__name__} — expected {{"role": ..., "content": ...}}')
+    role, calls = d.get('role'), d.get('tool_calls') or ()
+    if role not in ROLES: raise DataError(f'{_at(where)}role={role!r} — expected one of {", ".join(ROLES)}')
+    if not isinstance(calls, (list, tuple)): raise DataError(f'{_at(where)}tool_calls is {type(calls).__name__} — expected a list')
+    if 'content' not in d and not calls: raise DataError(f'{_at(where)}a {role} message has neither content nor tool_calls — add "content"')
+    for k in ('tool_call_id', 'name'):
+        if not isinstance(d.get(k), str | None): raise DataError(f'{_at(where)}{k}={d[k]!r:.60} — expected text or null')
+
+# %% ../nbs/00_core.ipynb #e005a011
 @dataclass(frozen=True)
 class Message(Record):
     "One turn of a conversation, in the OpenAI chat format."
@@ -178,17 +192,10 @@ class Message(Record):
     @classmethod
     def from_dict(cls, d: dict[str, Any], where: str = '') -> Self:  # raises `DataError` naming the field
         "Read a message in the OpenAI chat format."
-        if not isinstance(d, dict): raise DataError(f'{_at(where)}a message is {type(d).__name__} — expected {{"role": ..., "content": ...}}')
-        role = d.get('role')
-        if role not in ROLES: raise DataError(f'{_at(where)}role={role!r} — expected one of {", ".join(ROLES)}')
-        calls = d.get('tool_calls') or ()
-        if not isinstance(calls, (list, tuple)): raise DataError(f'{_at(where)}tool_calls is {type(calls).__name__} — expected a list')
-        if 'content' not in d and not calls: raise DataError(f'{_at(where)}a {role} message has neither content nor tool_calls — add "content"')
-        for k in ('tool_call_id', 'name'):
-            if not isinstance(d.get(k), str | None): raise DataError(f'{_at(where)}{k}={d[k]!r:.60} — expected text or null')
+        _check_message(d, where)
         ours = {'role', 'content', 'tool_calls', 'tool_call_id', 'name'}
-        return cls(role, _content(d.get('content'), where), tuple(ToolCall.from_dict(c, f'{where} tool_calls[{i}]'.strip()) for i, c in enumerate(calls)),
-                   d.get('tool_call_id'), d.get('name'), {k: v for k, v in d.items() if k not in ours})
+        calls = tuple(ToolCall.from_dict(c, f'{where} tool_calls[{i}]'.strip()) for i, c in enumerate(d.get('tool_calls') or ()))
+        return cls(d['role'], _content(d.get('content'), where), calls, d.get('tool_call_id'), d.get('name'), {k: v for k, v in d.items() if k not in ours})
 
 # %% ../nbs/00_core.ipynb #6db610db
 def content_hash(
@@ -209,6 +216,17 @@ def _html_message(m: Message) -> str:
             f'<b style="color:{fg}">{html.escape(m.role)}</b> <span style="white-space:pre-wrap">{html.escape(m.text)}</span>{calls}</div>')
 
 # %% ../nbs/00_core.ipynb #bcdcf2e1
+def _check_talk(d: Any, where: str) -> None:
+    "Refuse a log line that holds no conversation."
+    if not isinstance(d, dict) or not isinstance(d.get('messages'), (list, tuple)) or not d['messages']:
+        raise DataError(f'{_at(where)}no messages — expected {{"messages": [{{"role": ..., "content": ...}}, ...]}}')
+    if d.get('schema', 1) != 1: raise DataError(f'{_at(where)}schema={d["schema"]!r} — this version reads schema 1 — upgrade stateset-nb')
+    rating, more = d.get('rating'), d.get('metadata') or {}
+    if rating is not None and (isinstance(rating, bool) or not isinstance(rating, (int, float)) or not abs(rating) < math.inf):
+        raise DataError(f'{_at(where)}rating={rating!r} — expected a number or null')
+    if not isinstance(more, dict): raise DataError(f'{_at(where)}metadata is {type(more).__name__} — expected an object')
+
+# %% ../nbs/00_core.ipynb #81645c09
 @dataclass(frozen=True)
 class Conversation(Record):
     "Messages between a user, an agent and its tools."
@@ -224,17 +242,10 @@ class Conversation(Record):
     @classmethod
     def from_dict(cls, d: dict[str, Any], where: str = '') -> Self:  # raises `DataError` naming file, line and field
         "Read a conversation from a log line: `messages`, perhaps `id`, `rating`, `metadata`; other keys are kept in `metadata`."
-        if not isinstance(d, dict) or not isinstance(d.get('messages'), (list, tuple)) or not d['messages']:
-            raise DataError(f'{_at(where)}no messages — expected {{"messages": [{{"role": ..., "content": ...}}, ...]}}')
-        if d.get('schema', 1) != 1: raise DataError(f'{_at(where)}schema={d["schema"]!r} — this version reads schema 1 — upgrade stateset-nb')
-        rating = d.get('rating')
-        if rating is not None and (isinstance(rating, bool) or not isinstance(rating, (int, float)) or not abs(rating) < math.inf):
-            raise DataError(f'{_at(where)}rating={rating!r} — expected a number or null')
-        more = d.get('metadata') or {}
-        if not isinstance(more, dict): raise DataError(f'{_at(where)}metadata is {type(more).__name__} — expected an object')
+        _check_talk(d, where)
         msgs = tuple(Message.from_dict(m, f'{_at(where)}messages[{i}]') for i, m in enumerate(d['messages']))
-        meta = {k: v for k, v in d.items() if k not in {'messages', 'id', 'rating', 'metadata', 'schema'}} | more
-        return cls(msgs, str(d.get('id') or ''), rating, meta)
+        meta = {k: v for k, v in d.items() if k not in {'messages', 'id', 'rating', 'metadata', 'schema'}} | (d.get('metadata') or {})
+        return cls(msgs, str(d.get('id') or ''), d.get('rating'), meta)
 
     def __str__(self) -> str: return '\n'.join(f'{m.role:>9}  {m.text}' + ''.join(f' [{c.name} {c.arguments}]' for c in m.tool_calls) for m in self.messages)
 
@@ -274,7 +285,7 @@ def write_text(
         raise
     return p
 
-# %% ../nbs/00_core.ipynb #03194ffc
+# %% ../nbs/00_core.ipynb #c7f640a1
 def write_jsonl(
     path: str | os.PathLike[str],               # the file to make or replace
     records: Iterable[Record | dict[str, Any]], # one line each
@@ -282,12 +293,14 @@ def write_jsonl(
     "Write records, one JSON object a line, atomically."
     return write_text(path, ''.join(json.dumps(_plain(r), ensure_ascii=False, allow_nan=False) + '\n' for r in records))
 
+# %% ../nbs/00_core.ipynb #0e6a3e28
 def _whole(v: Any) -> bool:
     "Is it text that can be written down? Half of a character (a lone surrogate) cannot."
     try: json.dumps(v, ensure_ascii=False).encode()
     except UnicodeEncodeError: return False
     return True
 
+# %% ../nbs/00_core.ipynb #8697d711
 def read_jsonl(
     path: str | os.PathLike[str],  # the file to read
 ) -> Iterator[tuple[str, dict[str, Any]]]:  # (file and line, object); raises `DataError` naming both
@@ -427,7 +440,7 @@ class Feedback(Record):
         "The rating as 0..1."
         return unit_score(self.rating, self.scale)
 
-# %% ../nbs/00_core.ipynb #aaf79462
+# %% ../nbs/00_core.ipynb #b981c703
 @dataclass(frozen=True)
 class RewardExample(Record):
     "A response with a score, to learn a reward from."
@@ -439,6 +452,7 @@ class RewardExample(Record):
     group: str = ''                        # conversation or prompt; a split keeps a group on one side
     schema: int = 1
 
+# %% ../nbs/00_core.ipynb #c86cf043
 @dataclass(frozen=True)
 class Preference(Record):
     "Two responses to one prompt, the better one first."
@@ -455,6 +469,7 @@ def stream(
     "A seed that depends on an address and on nothing else."
     return int.from_bytes(hashlib.blake2b(repr(address).encode(), digest_size=8).digest(), 'big') >> 1
 
+# %% ../nbs/00_core.ipynb #92d653c1
 def set_seed(
     seed: int,  # any non-negative integer
 ) -> None:
