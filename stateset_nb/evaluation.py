@@ -65,22 +65,32 @@ def _labels(r: TestResult, key: str) -> list[tuple[Any, bool]]:
     return [(q[key], bool(q['success'])) for q in r.requests]
 
 # %% ../nbs/41_evaluation.ipynb #9f721328
-def _percent(i: Interval) -> str: return f'{100 * i.value:.0f} % ({100 * i.low:.0f} to {100 * i.high:.0f} %, n={i.n})'
+def _slices(results: Sequence[TestResult], key: str) -> dict[str, list[list[float]]]:
+    "Slice -> for each scenario in it, the outcomes of its trials."
+    groups: dict[Any, dict[str, list[float]]] = {}
+    for r in results:
+        for label, ok in _labels(r, key): groups.setdefault(label, {}).setdefault(r.scenario_id, []).append(float(ok))
+    return {str(g): list(groups[g].values()) for g in sorted(groups, key=lambda g: (isinstance(g, str), g))}
 
-def _html_slices(slices: dict[str, Interval]) -> str:
-    "A table of slices with a bar and an interval each."
-    row = ('<tr><td>{}</td><td style="min-width:110px"><div style="background:#2b5fb3;height:.7em;width:{:.0f}px"></div></td><td>{}</td></tr>')
-    return '<table>' + ''.join(row.format(html.escape(k), 100 * i.value, _percent(i)) for k, i in slices.items()) + '</table>'
+# %% ../nbs/41_evaluation.ipynb #8ea4147e
+def _outcomes(results: Sequence[TestResult], metric: str) -> dict[str, list[float]]:
+    "Scenario -> the values of a metric in its trials."
+    res: dict[str, list[float]] = {}
+    for r in results:
+        if metric == 'success': res.setdefault(r.scenario_id, []).append(float(r.success))
+        elif metric in r.metrics: res.setdefault(r.scenario_id, []).append(r.metrics[metric])
+    known = dict.fromkeys(['success', *(k for r in results for k in r.metrics)])
+    if not res: raise DataError(f'no trial has {metric!r} — expected one of {", ".join(known)}')
+    return res
 
-# %% ../nbs/41_evaluation.ipynb #4693547b
-def _html_test(t: TestResults) -> str:
-    "The face of a test: its rate, slices folded below, and what failed."
-    bad = ''.join(f'<li>{n} × {html.escape(e)}</li>' for e, n in t.errors.items())
-    tags = f'<details><summary>by tag</summary>{_html_slices(t.by("tag"))}</details>' if any(r.tags for r in t.results) else ''
-    return (f'<div style="max-width:46em"><b>{html.escape(t.agent)}</b>: success {_percent(t.success)}, {t.trials} trials each'
-            f'<details open><summary>by difficulty</summary>{_html_slices(t.by())}</details>{tags}' + (f'failed trials:<ul>{bad}</ul>' if bad else '') + '</div>')
+# %% ../nbs/41_evaluation.ipynb #fdc6ae9f
+def _pass_hat(outcomes: Sequence[Sequence[float]], k: int) -> Interval:
+    "The chance that k fresh trials of a scenario all succeed."
+    fewest = min(map(len, outcomes))
+    if not 1 <= k <= fewest: raise DataError(f'k={k} — must lie between 1 and the {fewest} trials of each scenario')
+    return success_interval([[math.comb(int(sum(o)), k) / math.comb(len(o), k)] for o in outcomes])
 
-# %% ../nbs/41_evaluation.ipynb #fe857f22
+# %% ../nbs/41_evaluation.ipynb #c8dd52be
 class _Trials(Record):
     "What can be said about a list of trials."
     results: tuple[TestResult, ...]
@@ -100,13 +110,7 @@ class _Trials(Record):
         metric: str = 'success',  # or a name in `metrics` of the results
     ) -> dict[str, list[float]]:  # scenario id -> its trials' values; scenarios without any are absent
         "One metric, as `compare_paired` takes it. A failed trial counts 0 in `success` and is absent elsewhere."
-        res: dict[str, list[float]] = {}
-        for r in self.results:
-            if metric == 'success': res.setdefault(r.scenario_id, []).append(float(r.success))
-            elif metric in r.metrics: res.setdefault(r.scenario_id, []).append(r.metrics[metric])
-        known = dict.fromkeys(['success', *(k for r in self.results for k in r.metrics)])
-        if not res: raise DataError(f'no trial has {metric!r} — expected one of {", ".join(known)}')
-        return res
+        return _outcomes(self.results, metric)
 
     def mean(
         self,
@@ -120,20 +124,31 @@ class _Trials(Record):
         key: str = 'difficulty',  # 'difficulty', 'tag', or a key of the environment's requests, e.g. 'kind'
     ) -> dict[str, Interval]:     # slice -> success rate; n counts scenarios
         "Success in slices."
-        groups: dict[Any, dict[str, list[float]]] = {}
-        for r in self.results:
-            for label, ok in _labels(r, key): groups.setdefault(label, {}).setdefault(r.scenario_id, []).append(float(ok))
-        order = sorted(groups, key=lambda g: (isinstance(g, str), g))
-        return {str(g): success_interval(list(groups[g].values())) for g in order}
+        return {name: success_interval(outcomes) for name, outcomes in _slices(self.results, key).items()}
 
     def pass_hat(
         self,
         k: int,       # how many times in a row
     ) -> Interval:    # raises `DataError` when a scenario has fewer trials
         "The chance that k fresh trials of a scenario all succeed (pass^k)."
-        counts = [(sum(v), len(v)) for v in self.outcomes().values()]
-        if not 1 <= k <= min(n for _, n in counts): raise DataError(f'k={k} — must lie between 1 and the {min(n for _, n in counts)} trials of each scenario')
-        return success_interval([[math.comb(int(c), k) / math.comb(n, k)] for c, n in counts])
+        return _pass_hat(list(self.outcomes().values()), k)
+
+# %% ../nbs/41_evaluation.ipynb #93d844d1
+def _percent(i: Interval) -> str: return f'{100 * i.value:.0f} % ({100 * i.low:.0f} to {100 * i.high:.0f} %, n={i.n})'
+
+# %% ../nbs/41_evaluation.ipynb #420f924d
+def _html_slices(slices: dict[str, Interval]) -> str:
+    "A table of slices with a bar and an interval each."
+    row = ('<tr><td>{}</td><td style="min-width:110px"><div style="background:#2b5fb3;height:.7em;width:{:.0f}px"></div></td><td>{}</td></tr>')
+    return '<table>' + ''.join(row.format(html.escape(k), 100 * i.value, _percent(i)) for k, i in slices.items()) + '</table>'
+
+# %% ../nbs/41_evaluation.ipynb #e973389f
+def _plot_slices(ax: Axes, slices: dict[str, Interval]) -> None:
+    "A bar and a whisker for each slice, the first on top."
+    v = [100 * i.value for i in slices.values()]
+    ends = [[100 * (i.value - i.low) for i in slices.values()], [100 * (i.high - i.value) for i in slices.values()]]
+    ax.barh(list(slices), v, xerr=ends, capsize=3, color='#2b5fb3', alpha=.75)
+    ax.set(xlabel='success (%)', xlim=(0, 100), ylim=(len(slices) - .4, -.6))
 
 # %% ../nbs/41_evaluation.ipynb #2cdb2357
 @dataclass(frozen=True)
@@ -183,14 +198,20 @@ class TestResults(_Trials):
         import matplotlib.pyplot as plt
         s = self.by(by)
         ax = ax or plt.subplots(figsize=(5.5, 1.2 + .28 * len(s)))[1]
-        v = [100 * i.value for i in s.values()]
-        ends = [[100 * (i.value - i.low) for i in s.values()], [100 * (i.high - i.value) for i in s.values()]]
-        ax.barh(list(s), v, xerr=ends, capsize=3, color='#2b5fb3', alpha=.75)
-        ax.set(xlabel='success (%)', ylabel=by, xlim=(0, 100), ylim=(len(s) - .4, -.6), title=f'{self.agent}\n{_percent(self.success)}')
+        _plot_slices(ax, s)
+        ax.set(ylabel=by, title=f'{self.agent}\n{_percent(self.success)}')
         return ax
 
     def _repr_html_(self) -> str:
         return _html_test(self)
+
+# %% ../nbs/41_evaluation.ipynb #4693547b
+def _html_test(t: TestResults) -> str:
+    "The face of a test: its rate, slices folded below, and what failed."
+    bad = ''.join(f'<li>{n} × {html.escape(e)}</li>' for e, n in t.errors.items())
+    tags = f'<details><summary>by tag</summary>{_html_slices(t.by("tag"))}</details>' if any(r.tags for r in t.results) else ''
+    return (f'<div style="max-width:46em"><b>{html.escape(t.agent)}</b>: success {_percent(t.success)}, {t.trials} trials each'
+            f'<details open><summary>by difficulty</summary>{_html_slices(t.by())}</details>{tags}' + (f'failed trials:<ul>{bad}</ul>' if bad else '') + '</div>')
 
 # %% ../nbs/41_evaluation.ipynb #6f8bd5a8
 def scenario_hash(
@@ -225,6 +246,9 @@ async def evaluate(
     return TestResults(results, name or agent.config.model_name, seed, trials, scenario_hash(scenarios), unfit)
 
 # %% ../nbs/41_evaluation.ipynb #27c38f36
+def _times(i: Interval, c: float) -> Interval: return replace(i, value=c * i.value, low=c * i.low, high=c * i.high)
+
+# %% ../nbs/41_evaluation.ipynb #01b69a54
 @dataclass(frozen=True)
 class TrainingMetrics(Record):
     "What a team watches, each with its interval; None where nothing measured it."
@@ -253,8 +277,7 @@ class TrainingMetrics(Record):
         found: dict[str, Any] = {k: results.mean(k) for k in ('model_accuracy', 'tool_selection_accuracy', 'analysis_relevance', 'response_helpfulness') if k in logged}
         if 'tokens' in logged: found['avg_tokens_per_query'] = t = results.mean('tokens')
         if 'tokens' in logged and usd_per_million_tokens is not None:
-            c = usd_per_million_tokens / 1e6
-            found['avg_cost_per_query'] = replace(t, value=c * t.value, low=c * t.low, high=c * t.high)
+            found['avg_cost_per_query'] = _times(t, usd_per_million_tokens / 1e6)
         if len(feedback) > 1: found['avg_user_rating'] = mean_interval([f.score for f in feedback])
         if feedback: found['positive_rate'] = success_interval([[f.score >= .75] for f in feedback])
         return cls(task_completion_rate=results.success, **found)
