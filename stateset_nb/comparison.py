@@ -75,7 +75,7 @@ class ComparisonTable(Record):
     def _repr_html_(self) -> str:
         return '<table>' + ''.join(f'<tr><td><b>{html.escape(name)}</b></td><td style="text-align:left">{c._repr_html_()}</td></tr>' for name, c in zip(self.labels, self.comparisons)) + '</table>'
 
-# %% ../nbs/42_comparison.ipynb #f811d63b
+# %% ../nbs/42_comparison.ipynb #6ac1555f
 def compare_metrics(
     before: TestResults,           # of the agent we have
     after: TestResults,            # of the agent we might take
@@ -86,6 +86,7 @@ def compare_metrics(
     if not margins: raise ConfigError("no metrics — name at least one with its margin, e.g. {'success': 0.05}")
     return ComparisonTable(tuple(margins), tuple(holm([compare_results(before, after, m, margin, confidence) for m, margin in margins.items()])))
 
+# %% ../nbs/42_comparison.ipynb #285cf0df
 def compare_rivals(
     baseline: TestResults,            # of the agent we have
     rivals: Sequence[TestResults],    # of agents we might take, each under its own name
@@ -170,6 +171,7 @@ def determine_winner(
     clean = all(c.verdict != 'better' for c in result.table.comparisons)
     return result.a.agent if result.verdict == 'worse' and clean else None
 
+# %% ../nbs/42_comparison.ipynb #ad1c8257
 def generate_recommendation(
     result: ABTestResult,  # of `run_ab_test`
 ) -> str:                  # plain sentences
