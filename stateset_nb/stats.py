@@ -5,7 +5,7 @@
 # %% ../nbs/03_stats.ipynb #b938840e
 from __future__ import annotations
 import html, math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,10 +34,14 @@ class Interval(Record):
 
     def _repr_html_(self) -> str: return f'<b>{self.value:.3g}</b> <small>{self.low:.3g} to {self.high:.3g} ({self.confidence:.0%} interval, n={self.n})</small>'
 
-# %% ../nbs/03_stats.ipynb #a383727a
-def _z(p: float) -> float: return NormalDist().inv_cdf(p)
+# %% ../nbs/03_stats.ipynb #7fdd8548
+def _z(p: float) -> float:
+    "The normal deviate below which the share `p` lies."
+    return NormalDist().inv_cdf(p)
 
+# %% ../nbs/03_stats.ipynb #f0f4515c
 def _check_confidence(confidence: float) -> None:
+    "Refuse what is no confidence."
     if not .5 < confidence < 1: raise ConfigError(f'confidence={confidence} — must lie between 0.5 and 1; try 0.95')
 
 # %% ../nbs/03_stats.ipynb #5a15be22
@@ -139,7 +143,9 @@ def scenarios_needed(
 # %% ../nbs/03_stats.ipynb #8ddd0260
 _COLOUR = {'better': '#22763d', 'not_worse': '#2b5fb3', 'worse': '#b3372b', 'inconclusive': '#777777'}
 
-def _level(x: float, scale: str) -> str: return f'{100 * x:.1f} %' if scale == 'rate' else f'{x:.3g}'
+def _level(x: float, scale: str) -> str:
+    "A mean in words: per cent of a rate, or a plain number."
+    return f'{100 * x:.1f} %' if scale == 'rate' else f'{x:.3g}'
 
 def _change(x: float, scale: str, sign: str = '+') -> str:
     "A difference in words: points of a rate, per cent of a ratio, or a plain number."
@@ -203,6 +209,7 @@ def _trials(outcomes: Outcomes, side: str) -> dict[str, NDArray[np.float64]]:
         res[s] = x
     return res
 
+# %% ../nbs/03_stats.ipynb #b25283c6
 def _paired(before: Outcomes, after: Outcomes) -> tuple[list[NDArray[np.float64]], list[NDArray[np.float64]]]:
     "The trials of both sides in one order of scenarios."
     x, y = _trials(before, 'before'), _trials(after, 'after')
@@ -219,13 +226,19 @@ def _to_scale(trials: list[NDArray[np.float64]], scale: str, metric: str) -> NDA
     if scale == 'ratio' and worst[0] <= 0: raise DataError(f"{metric}={worst[0]:.3g} — a ratio needs values above 0; say scale='value'")
     return np.log(means) if scale == 'ratio' else means
 
+# %% ../nbs/03_stats.ipynb #9542eb1d
+def _from_scale(scale: str) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    "How a mean and how a difference are shown."
+    if scale == 'ratio': return np.exp, np.expm1
+    return np.asarray, (lambda v: np.clip(v, -1, 1)) if scale == 'rate' else np.asarray
+
 # %% ../nbs/03_stats.ipynb #832f2a26
 def _n_more(n: int, sd: float, change: float, guard: float, confidence: float) -> int:
     "Scenarios to add to `n` to see `change`; when `n` has passed that already, so many that some verdict must come."
     likely, certain = (scenarios_needed(sd, change, guard, power, confidence) - n for power in (.8, .95))
     return likely if likely > 0 else max(1, certain)
 
-# %% ../nbs/03_stats.ipynb #0726497b
+# %% ../nbs/03_stats.ipynb #f8903247
 def compare_paired(
     before: Outcomes,              # scenario id -> value, or one value per trial, of the agent we have
     after: Outcomes,               # the same scenarios, of the agent we might take
@@ -247,8 +260,7 @@ def compare_paired(
     i = paired_interval(y - x, guard, confidence)
     verdict, n, sd = str(verdict_of(i, m, higher_is_better)), len(x), float((y - x).std(ddof=1))
     n_more = _n_more(n, sd, m, guard, confidence) if verdict == 'inconclusive' else 0
-    out = np.expm1 if scale == 'ratio' else (lambda v: np.clip(v, -1, 1)) if scale == 'rate' else np.asarray
-    level = np.exp if scale == 'ratio' else np.asarray
+    level, out = _from_scale(scale)
     return PairedComparison(metric, verdict, float(level(x.mean())), float(level(y.mean())), float(out(i.mean)), float(out(i.low)), float(out(i.high)), n, n_more, margin, confidence,
                             float(out(i.floor if higher_is_better else i.ceiling)), bool(i.floor > -m if higher_is_better else i.ceiling < m), float(i.p_value), k, scale, higher_is_better)
 
@@ -257,6 +269,7 @@ def _unit(c: PairedComparison) -> tuple[float, str]:
     "The factor from a difference to what an axis shows, and the unit of that."
     return {'rate': (100., 'points'), 'ratio': (100., '%'), 'value': (1., c.metric)}[c.scale]
 
+# %% ../nbs/03_stats.ipynb #4f8096bd
 def plot_comparisons(
     comparisons: Sequence[PairedComparison],  # from top to bottom
     ax: Axes | None = None,                   # where to draw; a new figure by default
