@@ -12,13 +12,20 @@ from functools import lru_cache
 from typing import Any, ClassVar, Protocol
 
 from .core import ConfigError, DataError, Message, Record, SampledTokens, ToolCall, as_messages, stream
-from .policy import Key, Policy, SamplingParams, _owners, load_policy
+from .policy import ChatFormat, Key, Policy, SamplingParams, _owners, load_policy
 
 # %% auto #0
 __all__ = ['Tool', 'call_tool', 'Reply', 'Backend', 'PolicyBackend', 'StubBackend', 'AgentConfig', 'Agent', 'MultiTurnAgent',
            'ToolAgent']
 
 # %% ../nbs/02_agents.ipynb #24e03b12
+def _parameters(model: Any) -> dict[str, Any]:
+    "The JSON schema of a pydantic model, without titles."
+    s = model.model_json_schema()
+    props = {k: {a: b for a, b in v.items() if a != 'title'} for k, v in s.get('properties', {}).items()}
+    return {'type': 'object', 'properties': props, 'required': s.get('required', []), 'additionalProperties': False}
+
+# %% ../nbs/02_agents.ipynb #4792f85d
 @lru_cache(256)
 def _arguments(function: Callable[..., Any], name: str, bound: bool) -> tuple[Any, dict[str, Any]]:
     "(pydantic model of a function's parameters, its JSON schema); made once for each function."
@@ -28,11 +35,18 @@ def _arguments(function: Callable[..., Any], name: str, bound: bool) -> tuple[An
     if untyped: raise ConfigError(f'tool {name} has parameters without a type: {", ".join(untyped)} — annotate them, e.g. order_id: str')
     fields = {p.name: (p.annotation, ... if p.default is p.empty else p.default) for p in ps}
     model = create_model(name, __config__=ConfigDict(extra='forbid', coerce_numbers_to_str=True), **fields)  # type: ignore[call-overload]
-    s = model.model_json_schema()
-    props = {k: {a: b for a, b in v.items() if a != 'title'} for k, v in s.get('properties', {}).items()}
-    return model, {'type': 'object', 'properties': props, 'required': s.get('required', []), 'additionalProperties': False}
+    return model, _parameters(model)
 
-# %% ../nbs/02_agents.ipynb #4792f85d
+# %% ../nbs/02_agents.ipynb #3851e51c
+def _fitting(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    "The arguments as the function takes them; a `DataError` names each one that does not fit."
+    from pydantic import ValidationError
+    try: args = model.model_validate(arguments)
+    except ValidationError as e:
+        raise DataError('; '.join(f'{".".join(map(str, x["loc"]))}: {x["msg"]}' for x in e.errors())) from None
+    return {k: args.__dict__[k] for k in type(args).model_fields}
+
+# %% ../nbs/02_agents.ipynb #73f67286
 class Tool:
     "A typed Python function, sync or async, that an agent may call."
     def __init__(
@@ -49,11 +63,7 @@ class Tool:
         arguments: dict[str, Any],  # as the model gave them
     ) -> Any:                       # what the function returns; raises `DataError` when the arguments do not fit
         "Check the arguments and call the function."
-        from pydantic import ValidationError
-        try: args = self._args.model_validate(arguments)
-        except ValidationError as e:
-            raise DataError('; '.join(f'{".".join(map(str, x["loc"]))}: {x["msg"]}' for x in e.errors())) from None
-        res = self.function(**{k: args.__dict__[k] for k in type(args).model_fields})
+        res = self.function(**_fitting(self._args, arguments))
         return await res if inspect.isawaitable(res) else res
 
 # %% ../nbs/02_agents.ipynb #37e534df
@@ -99,6 +109,13 @@ class Backend(Protocol):
         ...
 
 # %% ../nbs/02_agents.ipynb #b6a1e8ab
+def _tokens_up_to(messages: Sequence[Message], i: int, fmt: ChatFormat) -> tuple[int, ...] | None:
+    "The tokens of a talk up to and with message `i`, if that message still knows them."
+    t = messages[i].tokens
+    if t is None or t.finish_reason != 'stop' or t.format not in (None, fmt) or t.talk not in ((), tuple(messages[:i + 1])): return None
+    return t.prompt_ids + t.ids
+
+# %% ../nbs/02_agents.ipynb #3a1d5653
 class PolicyBackend:
     "A local policy as a backend."
     def __init__(
@@ -115,9 +132,8 @@ class PolicyBackend:
         "The tokens of a talk: those sampled before stay as they were, unless the talk was edited since."
         fmt = self.policy.format
         for i in range(len(messages) - 1, -1, -1):
-            t = messages[i].tokens
-            own = t is not None and t.finish_reason == 'stop' and t.format in (None, fmt) and t.talk in ((), tuple(messages[:i + 1]))
-            if t is not None and own: return fmt.extend(t.prompt_ids + t.ids, messages[:i + 1], messages[i + 1:], tools)
+            known = _tokens_up_to(messages, i, fmt)
+            if known is not None: return fmt.extend(known, messages[:i + 1], messages[i + 1:], tools)
             if messages[i].role == 'assistant': break
         return fmt.start(messages, tools), any(m.tokens is not None for m in messages)
 
@@ -180,7 +196,15 @@ class AgentConfig(Record):
         "How one turn is sampled."
         return SamplingParams(self.max_new_tokens, self.temperature, self.top_p, self.top_k, seed)
 
-# %% ../nbs/02_agents.ipynb #40bbc358
+# %% ../nbs/02_agents.ipynb #8047525e
+def _talk(messages: str | Sequence[Message | dict[str, Any]], system_prompt: str | None) -> tuple[Message, ...]:
+    "What a backend is shown."
+    talk = as_messages([Message('user', messages)] if isinstance(messages, str) else messages)
+    if not talk: raise DataError('there is nothing to answer — give at least one message')
+    if system_prompt and talk[0].role not in ('system', 'developer'): talk = (Message('system', system_prompt), *talk)
+    return talk
+
+# %% ../nbs/02_agents.ipynb #19dc8260
 class Agent:
     "Something that answers. The model is loaded at the first reply, or by `initialize`."
     def __init__(
@@ -214,9 +238,7 @@ class Agent:
         seed: int | None = None,                                # of this turn; a new one each time unless given
     ) -> Reply:                                                 # the answer
         "Answer, with tokens where a policy speaks."
-        talk = as_messages([Message('user', messages)] if isinstance(messages, str) else messages)
-        if not talk: raise DataError('there is nothing to answer — give at least one message')
-        if self.config.system_prompt and talk[0].role not in ('system', 'developer'): talk = (Message('system', self.config.system_prompt), *talk)
+        talk = _talk(messages, self.config.system_prompt)
         if seed is None: seed, self._asked = stream(self.config.seed, 'respond', self._asked), self._asked + 1
         return await self.backend.reply(talk, tools, self.config.params(seed))
 
