@@ -57,6 +57,7 @@ _WORDS = {'null': ('~|null|Null|NULL|', '~nN'), 'bool': ('true|True|TRUE|false|F
 for _name, (_pattern, _first) in _WORDS.items():
     _Loader.add_implicit_resolver(f'tag:yaml.org,2002:{_name}', re.compile(f'(?:{_pattern})$'), [*_first, *([''] if _name == 'null' else [])])
 
+# %% ../nbs/52_cli.ipynb #f1588661
 def _parse_yaml(text: str) -> Any:
     "The value of a YAML text; raises `_Fault`."
     try: return yaml.load(text, _Loader)  # a SafeLoader that reads less
@@ -66,6 +67,7 @@ def _parse_yaml(text: str) -> Any:
 # %% ../nbs/52_cli.ipynb #d8474d2d
 _TOKEN = re.compile(r'("(?:[^"\\]|\\.)*")(\s*:)?|[{}\[\]]|NaN|-?Infinity')
 
+# %% ../nbs/52_cli.ipynb #71c2f673
 def _check_json(text: str) -> None:
     "Refuse, in a JSON text that can be read, what should not be there; raises `_Fault`."
     levels: list[set[str]] = []
@@ -91,8 +93,20 @@ def _parse_json(text: str) -> Any:
     return res
 
 # %% ../nbs/52_cli.ipynb #75c2ebf2
-_PARSERS: dict[str, Callable[[str], Any]] = {'.yaml': _parse_yaml, '.yml': _parse_yaml, '.json': _parse_json}
 _MAX_BYTES = 1 << 20
+
+def _settings_text(p: Path) -> str:
+    "The text of a settings file; raises `ConfigError`."
+    from stateset_nb.core import ConfigError
+    try:
+        with p.open('rb') as f: raw = f.read(_MAX_BYTES + 1)
+    except OSError as e: raise ConfigError(f'{p}: {e.strerror or e} — expected a file of settings') from None
+    if len(raw) > _MAX_BYTES: raise ConfigError(f'{p}: larger than {_MAX_BYTES} bytes — this is no file of settings')
+    try: return raw.decode('utf-8-sig')
+    except UnicodeDecodeError as e: raise ConfigError(f'{p}: not UTF-8 text: {e.reason} at byte {e.start} — save it as UTF-8') from None
+
+# %% ../nbs/52_cli.ipynb #d5f8e8c5
+_PARSERS: dict[str, Callable[[str], Any]] = {'.yaml': _parse_yaml, '.yml': _parse_yaml, '.json': _parse_json}
 
 def read_config(
     path: str | os.PathLike[str],  # a .yaml, .yml or .json file, at most 1 MiB
@@ -102,26 +116,23 @@ def read_config(
     p = Path(path)
     parse = _PARSERS.get(p.suffix.lower())
     if parse is None: raise ConfigError(f'{p}: the ending {p.suffix!r} is not known — settings are read from {", ".join(_PARSERS)} files')
-    try:
-        with p.open('rb') as f: raw = f.read(_MAX_BYTES + 1)
-        if len(raw) > _MAX_BYTES: raise ConfigError(f'{p}: larger than {_MAX_BYTES} bytes — this is no file of settings')
-        res = parse(raw.decode('utf-8-sig'))
-    except OSError as e: raise ConfigError(f'{p}: {e.strerror or e} — expected a file of settings') from None
-    except UnicodeDecodeError as e: raise ConfigError(f'{p}: not UTF-8 text: {e.reason} at byte {e.start} — save it as UTF-8') from None
+    text = _settings_text(p)
+    try: res = parse(text)
     except _Fault as e: raise ConfigError(f'{p} line {e.line}: {e}') from None
     except ValueError as e: raise ConfigError(f'{p}: {e}') from None
     if not isinstance(res, dict): raise ConfigError(f'{p}: {"nothing" if res is None else type(res).__name__} — expected settings such as "seed: 1"')
     return res
 
 # %% ../nbs/52_cli.ipynb #f40f095b
-C = TypeVar('C')
-
 def _typed(kind: Any, value: Any, where: str) -> Any:
     "`value` as a field of type `kind` takes it."
     from pydantic import ConfigDict, TypeAdapter, ValidationError
     from stateset_nb.core import ConfigError
     try: return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(value)
     except ValidationError as e: raise ConfigError(f'{where}={value!r:.60} — {e.errors()[0]["msg"].replace("Input should be", "expected")}') from None
+
+# %% ../nbs/52_cli.ipynb #944aefb6
+C = TypeVar('C')
 
 def override_config(
     config: C,                   # a dataclass of settings, perhaps with others in it
@@ -142,6 +153,7 @@ app = typer.Typer(name='stateset-nb', no_args_is_help=True, add_completion=False
                   help="Turn an agent's conversations into a better agent.",
                   epilog='Begin with [bold]stateset-nb improve --dry-run[/bold], which says what would be done.')
 
+# %% ../nbs/52_cli.ipynb #9c5b3d48
 def _say_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f'stateset-nb {stateset_nb.__version__}')
@@ -153,6 +165,7 @@ def _start(version: Annotated[bool, typer.Option('--version', callback=_say_vers
 @app.command('version', help='Print the version.')
 def _version() -> None: _say_version(True)
 
+# %% ../nbs/52_cli.ipynb #1a5e7f45
 def main() -> None:
     "The command `stateset-nb`."
     app(prog_name='stateset-nb')
@@ -174,6 +187,7 @@ def _insist(asked: list[bool], done: threading.Event) -> None:
     while not done.wait(1.):
         if asked: signal.raise_signal(signal.SIGINT)
 
+# %% ../nbs/52_cli.ipynb #3a616eac
 @contextmanager
 def _interruptible() -> Iterator[None]:
     "Let Ctrl-C raise `KeyboardInterrupt` wherever the program is."
@@ -214,6 +228,7 @@ def _settings(file: str | None, options: dict[str, Any]) -> Any:
     config = override_config(ImproveConfig(model=model) if isinstance(model, str) else ImproveConfig(), changes, str(file))
     return override_config(config, {k: v for k, v in options.items() if v is not None}, 'command line')
 
+# %% ../nbs/52_cli.ipynb #d934f386
 def _again(out: str, given: dict[str, Any]) -> str:
     "The command that takes up a run: what was given, with --resume and the folder."
     words = [w for k, v in (given | {'out': out}).items() if v is not None for w in (f'--{k}', str(v))]
@@ -262,6 +277,7 @@ class Finding:
     state: str = 'ok'  # 'ok', 'absent' (optional, and not here) or 'broken'
     advice: str = ''   # what to do about it
 
+# %% ../nbs/52_cli.ipynb #ce7580c6
 def _requirements() -> list[tuple[Any, str]]:
     "(requirement, name of its extra or '') of everything stateset-nb asks for."
     from importlib.metadata import requires
@@ -272,7 +288,7 @@ def _requirements() -> list[tuple[Any, str]]:
         res.append((r, m[1] if m else ''))
     return res
 
-# %% ../nbs/52_cli.ipynb #d7a92908
+# %% ../nbs/52_cli.ipynb #4cae745b
 def _module(package: str) -> str:
     "The name under which a package is imported."
     from importlib.metadata import packages_distributions
@@ -280,17 +296,27 @@ def _module(package: str) -> str:
     mine = sorted(m for m, ds in packages_distributions().items() if plain(package) in map(plain, ds) and m[0] != '_')
     return plain(package) if plain(package) in mine or not mine else mine[0]
 
+# %% ../nbs/52_cli.ipynb #a97c789e
+def _import_error(module: str) -> Exception | None:
+    "What a module raises when it is imported."
+    error: Exception | None = None
+    try: importlib.import_module(module)
+    except Exception as e: error = e
+    return error
+
+# %% ../nbs/52_cli.ipynb #d7a92908
 def _check_package(r: Any, load: bool) -> Finding:
     "The state of one package."
     from importlib.metadata import PackageNotFoundError, version
     from importlib.util import find_spec
+    get, again = f"pip install '{r.name}{r.specifier}'", f'pip install --force-reinstall {r.name}'
     try: have = version(r.name)
-    except PackageNotFoundError: return Finding(r.name, 'not installed', 'broken', f"pip install '{r.name}{r.specifier}'")
-    if not r.specifier.contains(have, prereleases=True): return Finding(r.name, have, 'broken', f"pip install '{r.name}{r.specifier}'")
-    if not load: return Finding(r.name, have) if find_spec(_module(r.name)) else Finding(r.name, f'{have}, without its module', 'broken', f'pip install --force-reinstall {r.name}')
-    try: importlib.import_module(_module(r.name))
-    except Exception as e: return Finding(r.name, f'{have} does not import: {e!r:.120}', 'broken', f'pip install --force-reinstall {r.name}')
-    return Finding(r.name, have)
+    except PackageNotFoundError: return Finding(r.name, 'not installed', 'broken', get)
+    if not r.specifier.contains(have, prereleases=True): return Finding(r.name, have, 'broken', get)
+    module = _module(r.name)
+    if not load: return Finding(r.name, have) if find_spec(module) else Finding(r.name, f'{have}, without its module', 'broken', again)
+    error = _import_error(module)
+    return Finding(r.name, have) if error is None else Finding(r.name, f'{have} does not import: {error!r:.120}', 'broken', again)
 
 # %% ../nbs/52_cli.ipynb #f0c500f0
 def _check_extras() -> list[Finding]:
@@ -304,6 +330,7 @@ def _check_extras() -> list[Finding]:
         res.append(Finding(f'[{extra}]', 'lacks ' + ', '.join(lack), 'absent', f"pip install 'stateset-nb[{extra}]'") if lack else Finding(f'[{extra}]', 'ready'))
     return res
 
+# %% ../nbs/52_cli.ipynb #e137b4c7
 def _check_cache() -> Finding:
     "Can we write where things are kept that can be made again?"
     from stateset_nb.policy import cache_folder
@@ -322,6 +349,7 @@ def _check_torch() -> list[Finding]:
             Finding('CUDA', '; '.join(gpus)) if gpus else Finding('CUDA', 'none', 'absent', 'tiny policies need none'),
             Finding('world size', f'{world} (rank {os.environ.get("RANK", "?")})' if world else '1 (WORLD_SIZE is not set)')]
 
+# %% ../nbs/52_cli.ipynb #2ae73ffb
 def checkup() -> list[Finding]:  # one for each thing looked at
     "What is installed here, and does it work?"
     res = [Finding('stateset-nb', stateset_nb.__version__), Finding('python', platform.python_version()), Finding('platform', ' '.join([platform.system(), platform.machine(), *platform.libc_ver()]).strip())]
