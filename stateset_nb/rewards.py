@@ -649,6 +649,8 @@ class RewardReport(Record):
 async def _ask_once(reward: RewardFunction, label: str, turns: list[Message], context: EpisodeContext | None, broke: Callable[[str, str], None]) -> RewardResult | None:
     "One result, noting every rule that was broken on the way; None when there is no result."
     shown, known, state = copy.deepcopy(turns), copy.deepcopy(context), random.getstate()
+    random.random()  # so that a reward which seeds again with the seed of a moment ago is seen
+    drawn = random.getstate()
     res: RewardResult | None = None
     try:
         waiting: Any = reward.compute_reward(shown, known)
@@ -657,7 +659,8 @@ async def _ask_once(reward: RewardFunction, label: str, turns: list[Message], co
     except RewardError as e: broke(e.rule, f'{label}: {e}')
     except Exception as e: broke('fails', f'{label}: {type(e).__name__}: {e}')
     if shown != turns or known != context: broke('mutates', f'{label}: the talk or the context is not what it was — work on a copy')
-    if random.getstate() != state: broke('randomness', f'{label}: the shared random generator was used or seeded — take a random.Random of your own')
+    if random.getstate() != drawn: broke('randomness', f'{label}: the shared random generator was used or seeded — take a random.Random of your own')
+    random.setstate(state)
     return res
 
 # %% ../nbs/20_rewards.ipynb #06f6abca
