@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from .core import BackendError, ConfigError, Conversation, DataError, Message, Record, ToolCall, content_hash, progress_bar, set_seed, stream
 
 # %% auto #0
-__all__ = ['Key', 'ChatFormat', 'CompactFormat', 'make_tokenizer', 'TemplateFormat', 'SamplingParams', 'Sampled', 'pick_tokens',
-           'ContextFull', 'context_length', 'Policy', 'tiny_model', 'pad_rows', 'sequence_logps', 'check_head',
+__all__ = ['Key', 'ChatFormat', 'make_tokenizer', 'CompactFormat', 'TemplateFormat', 'SamplingParams', 'Sampled', 'pick_tokens',
+           'context_length', 'ContextFull', 'Policy', 'tiny_model', 'pad_rows', 'sequence_logps', 'check_head',
            'new_folder', 'save_policy', 'load_policy', 'conversation_tokens', 'clone_conversations', 'TinyConfig',
            'cache_folder', 'tiny_policy']
 
@@ -75,10 +75,10 @@ class ChatFormat:
 # %% ../nbs/01_policy.ipynb #038cea6f
 _ROLE = {r: f'<|{r}|>' for r in ('system', 'user', 'assistant', 'tool')}
 _CALL, _END, _PAD = '<|call|>', '<|end|>', '<|pad|>'
-_ARG = re.compile(r'\s*([^\W\d]\w*)=("(?:[^"\\]|\\.)*"|[^\s"=\[{]+|(?=[\[{]))')
-_NUMBER = r'-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?'
-_MARKS = re.compile('[\ue000-\ue03b]')  # the characters that the tokenizer below writes digits with
 _CONTROL = re.compile(r'<\|(?=(?:system|user|assistant|tool|call|end|pad)\|>)')
+
+# %% ../nbs/01_policy.ipynb #d7d13284
+_NUMBER = r'-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?'
 
 def _compact_value(v: Any) -> str:
     "An argument as it stands after `key=`; text that would be read as something else than text or a whole number is quoted."
@@ -86,11 +86,15 @@ def _compact_value(v: Any) -> str:
     plain = re.fullmatch(r'[^\s"=\[{]+', v) and (re.fullmatch(r'0|[1-9]\d*', v) or not re.fullmatch(rf'{_NUMBER}|true|false|null', v))
     return v if plain else json.dumps(v, ensure_ascii=False)
 
+# %% ../nbs/01_policy.ipynb #0692ebd8
 def _compact_text(call: ToolCall) -> str:
     "A call as ` name key=value ...`; arguments that are no JSON object stay as they are."
     try: args = ''.join(f' {k}={_compact_value(v)}' for k, v in call.parsed().items())
     except DataError: args = f' {call.arguments}'
     return f' {call.name}{args}'
+
+# %% ../nbs/01_policy.ipynb #b35fefc1
+_ARG = re.compile(r'\s*([^\W\d]\w*)=("(?:[^"\\]|\\.)*"|[^\s"=\[{]+|(?=[\[{]))')
 
 def _compact_call(text: str) -> ToolCall:
     "A call from ` name key=value ...`; what cannot be read stays as arguments that are not JSON, for the tool to refuse."
@@ -103,6 +107,41 @@ def _compact_call(text: str) -> ToolCall:
             else: args[m[1]] = json.loads(v) if v[0] == '"' or re.fullmatch(rf'{_NUMBER}|true|false|null', v) else v
     except (ValueError, RecursionError): return ToolCall(name, rest)
     return ToolCall(name, json.dumps(args, ensure_ascii=False) if not rest[pos:].strip() else rest)
+
+# %% ../nbs/01_policy.ipynb #a5a70fc4
+_PLACES = 6  # digits of a number that are marked with their place; later ones stay plain
+_MARKS = re.compile('[\ue000-\ue03b]')  # the characters that digits are written with
+
+def _digit_marks() -> list[list[str]]:
+    "The mark of each digit at each place of a number."
+    return [[chr(0xE000 + 10 * place + digit) for digit in range(10)] for place in range(_PLACES)]
+
+# %% ../nbs/01_policy.ipynb #fe5dd25f
+def _digit_rules() -> list[tuple[str, str]]:
+    "(pattern, mark) of each digit at each place, in the order in which they are applied."
+    marks = _digit_marks()
+    before = [f'(?<![0-9{"".join(map("".join, marks))}])'] + [f'(?<=[{"".join(row)}])' for row in marks[:-1]]
+    return [(before[p] + str(d), marks[p][d]) for p in range(_PLACES) for d in range(10)]
+
+# %% ../nbs/01_policy.ipynb #baef97a6
+def make_tokenizer(
+    texts: Iterable[str],    # what will be said
+    vocab_size: int = 2048,  # at most; a small corpus gives fewer
+) -> Any:                    # a Hugging Face fast tokenizer that can encode any text
+    "A tokenizer made from texts: words as single tokens where they occur twice, digits marked with their place."
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    every = ''.join(c for row in _digit_marks() for c in row)
+    tok = Tokenizer(models.BPE())
+    tok.normalizer = normalizers.Sequence([normalizers.Replace(Regex(pattern), mark) for pattern, mark in _digit_rules()])
+    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(rf' ?[^\W\d]+=?|[0-9{every}]| ?[^\w\s{every}]+|\s+'), 'isolated'),
+                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tok.decoder = decoders.Sequence([decoders.ByteLevel(), *(decoders.Replace(c, str(i % 10)) for i, c in enumerate(every))])
+    special = [_PAD, _END, _CALL, *_ROLE.values()]
+    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, special_tokens=special, show_progress=False,
+                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tok.add_tokens([AddedToken(c, normalized=True) for c in every])
+    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token=_PAD, eos_token=_END, clean_up_tokenization_spaces=False)
 
 # %% ../nbs/01_policy.ipynb #1b0ce34c
 class CompactFormat(ChatFormat):
@@ -134,32 +173,6 @@ class CompactFormat(ChatFormat):
         text, *calls = self.tokenizer.decode([i for i in ids if i not in self.end_ids]).split(_CALL)
         return Message('assistant', text.strip() or (None if calls else ''), tuple(_compact_call(c) for c in calls))
 
-# %% ../nbs/01_policy.ipynb #a5a70fc4
-_PLACES = 6  # digits of a number that are marked with their place; later ones stay plain
-
-def _mark(place: int, digit: int) -> str: return chr(0xE000 + 10 * place + digit)
-
-def make_tokenizer(
-    texts: Iterable[str],    # what will be said
-    vocab_size: int = 2048,  # at most; a small corpus gives fewer
-) -> Any:                    # a Hugging Face fast tokenizer that can encode any text
-    "A tokenizer made from texts: words as single tokens where they occur twice, digits marked with their place."
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-    marks = [[_mark(p, d) for d in range(10)] for p in range(_PLACES)]
-    every = ''.join(c for row in marks for c in row)
-    before = [f'(?<![0-9{every}])'] + [f'(?<=[{"".join(row)}])' for row in marks[:-1]]
-    tok = Tokenizer(models.BPE())
-    tok.normalizer = normalizers.Sequence([normalizers.Replace(Regex(before[p] + str(d)), marks[p][d]) for p in range(_PLACES) for d in range(10)])
-    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(rf' ?[^\W\d]+=?|[0-9{every}]| ?[^\w\s{every}]+|\s+'), 'isolated'),
-                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tok.decoder = decoders.Sequence([decoders.ByteLevel(), *(decoders.Replace(c, str(i % 10)) for i, c in enumerate(every))])
-    special = [_PAD, _END, _CALL, *_ROLE.values()]
-    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, special_tokens=special, show_progress=False,
-                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tok.add_tokens([AddedToken(c, normalized=True) for c in every])
-    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token=_PAD, eos_token=_END, clean_up_tokenization_spaces=False)
-
 # %% ../nbs/01_policy.ipynb #d3e31237
 _HERMES = re.compile(r'<tool_call>\s*(.*?)\s*(?:</tool_call>|$)', re.S)
 
@@ -171,7 +184,22 @@ def _hermes_call(text: str) -> ToolCall:
     a = d.get('arguments', d.get('parameters', {}))
     return ToolCall(d['name'], a if isinstance(a, str) else json.dumps(a, ensure_ascii=False))
 
-# %% ../nbs/01_policy.ipynb #e9f16816
+# %% ../nbs/01_policy.ipynb #b4d1b583
+def _json_or_text(s: str) -> Any:
+    "JSON where it is JSON (templates want objects), else the text."
+    try: return json.loads(s)
+    except ValueError: return s
+
+# %% ../nbs/01_policy.ipynb #82df4600
+def _template_dict(m: Message, template: str) -> dict[str, Any]:
+    "A message as chat templates want it."
+    role = 'system' if m.role == 'developer' and 'developer' not in template else m.role
+    d: dict[str, Any] = {'role': role, 'content': m.text}
+    if m.tool_calls: d['tool_calls'] = [{'type': 'function', 'function': {'name': c.name, 'arguments': _json_or_text(c.arguments)}} for c in m.tool_calls]
+    if m.name: d['name'] = m.name
+    return d
+
+# %% ../nbs/01_policy.ipynb #0b70548c
 class TemplateFormat(ChatFormat):
     "The chat template of a published model's tokenizer; tool calls as JSON between `<tool_call>` tags."
     def __init__(
@@ -189,15 +217,9 @@ class TemplateFormat(ChatFormat):
         "The tokens that end a turn."
         return self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids(self.end)
 
-    def _dict(self, m: Message) -> dict[str, Any]:
-        role = 'system' if m.role == 'developer' and 'developer' not in self.tokenizer.chat_template else m.role
-        d: dict[str, Any] = {'role': role, 'content': m.text}
-        if m.tool_calls: d['tool_calls'] = [{'type': 'function', 'function': {'name': c.name, 'arguments': _json_or_text(c.arguments)}} for c in m.tool_calls]
-        if m.name: d['name'] = m.name
-        return d
-
     def _render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, ask: bool) -> str:
-        try: return self.tokenizer.apply_chat_template([self._dict(m) for m in messages], tools=tools, add_generation_prompt=ask, tokenize=False)
+        talk = [_template_dict(m, self.tokenizer.chat_template) for m in messages]
+        try: return self.tokenizer.apply_chat_template(talk, tools=tools, add_generation_prompt=ask, tokenize=False)
         except Exception as e: raise BackendError(f'the chat template of {self.tokenizer.name_or_path} cannot render this talk: {e}') from e
 
     def start(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> tuple[int, ...]:
@@ -224,13 +246,14 @@ class TemplateFormat(ChatFormat):
         calls = tuple(_hermes_call(c) for c in _HERMES.findall(text))
         return Message('assistant', _HERMES.sub('', text).strip() or (None if calls else ''), calls)
 
-# %% ../nbs/01_policy.ipynb #b4d1b583
-def _json_or_text(s: str) -> Any:
-    "JSON where it is JSON (templates want objects), else the text."
-    try: return json.loads(s)
-    except ValueError: return s
-
 # %% ../nbs/01_policy.ipynb #1c0ca68c
+def _whole_numbers(record: Record, least: dict[str, int]) -> None:
+    "Refuse fields that are no whole number, or smaller than their least."
+    for k, low in least.items():
+        v = record.__dict__[k]
+        if isinstance(v, bool) or not isinstance(v, int) or v < low: raise ConfigError(f'{k}={v!r} — must be a whole number, at least {low}' + '; 0 keeps all' * (k == 'top_k'))
+
+# %% ../nbs/01_policy.ipynb #360e07a8
 @dataclass(frozen=True)
 class SamplingParams(Record):
     "How one turn is sampled."
@@ -241,9 +264,7 @@ class SamplingParams(Record):
     seed: int = 0             # of this turn's random stream
 
     def __post_init__(self) -> None:
-        for k, low in {'max_tokens': 1, 'top_k': 0, 'seed': 0}.items():
-            v = self.__dict__[k]
-            if isinstance(v, bool) or not isinstance(v, int) or v < low: raise ConfigError(f'{k}={v!r} — must be a whole number, at least {low}' + '; 0 keeps all' * (k == 'top_k'))
+        _whole_numbers(self, {'max_tokens': 1, 'top_k': 0, 'seed': 0})
         if not 0 <= self.temperature < math.inf: raise ConfigError(f'temperature={self.temperature} — must be >= 0; 1 samples from the model, 0 takes the likeliest token')
         if not 0 < self.top_p <= 1: raise ConfigError(f'top_p={self.top_p} — must be above 0 and at most 1')
 
@@ -255,6 +276,19 @@ class Sampled(Record):
     logps: tuple[float, ...] # log-probability of each under the distribution sampled from, nats
     finish: str              # 'stop' (the model ended its turn) or 'length' (it was cut)
     version: int = 0         # which weights
+
+# %% ../nbs/01_policy.ipynb #061f2975
+def _filter(z: Tensor, top_p: Tensor | None, top_k: Tensor | None) -> Tensor:
+    "Scaled logits with the unlikely tokens at -inf."
+    s, order = z.sort(-1, descending=True)
+    rank = torch.arange(z.shape[-1], device=z.device)
+    drop = torch.zeros_like(z, dtype=torch.bool)
+    if top_k is not None: drop |= (rank[None] >= top_k[:, None]) & (top_k[:, None] > 0)
+    if top_p is not None:
+        p = s.softmax(-1)
+        drop |= (p.cumsum(-1) - p) >= top_p[:, None]
+    drop[:, 0] = False
+    return z.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -math.inf)
 
 # %% ../nbs/01_policy.ipynb #58bc216f
 def pick_tokens(
@@ -276,20 +310,16 @@ def pick_tokens(
     x = torch.where(greedy, logits.argmax(-1), drawn)
     return x, logp.gather(-1, x[:, None]).squeeze(-1)
 
-# %% ../nbs/01_policy.ipynb #061f2975
-def _filter(z: Tensor, top_p: Tensor | None, top_k: Tensor | None) -> Tensor:
-    "Scaled logits with the unlikely tokens at -inf."
-    s, order = z.sort(-1, descending=True)
-    rank = torch.arange(z.shape[-1], device=z.device)
-    drop = torch.zeros_like(z, dtype=torch.bool)
-    if top_k is not None: drop |= (rank[None] >= top_k[:, None]) & (top_k[:, None] > 0)
-    if top_p is not None:
-        p = s.softmax(-1)
-        drop |= (p.cumsum(-1) - p) >= top_p[:, None]
-    drop[:, 0] = False
-    return z.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -math.inf)
-
 # %% ../nbs/01_policy.ipynb #2e7da9c1
+def _grown(buf: Tensor | None, like: Tensor, slots: int, columns: int) -> Tensor:
+    "The buffer, or a larger one with its content: so many slots and columns at least, heads and width as in `like`."
+    s, c = (0, 0) if buf is None else (buf.shape[0], buf.shape[2])
+    if buf is not None and s >= slots and c >= columns: return buf
+    new = like.new_zeros(max(s, -(-slots // 16) * 16), like.shape[1], max(c, -(-columns // 64) * 64), like.shape[3])
+    if buf is not None: new[:s, :, :c] = buf
+    return new
+
+# %% ../nbs/01_policy.ipynb #559d78a1
 def _cache_class() -> type:
     "The slot cache, made late because importing transformers is slow."
     from transformers.cache_utils import Cache
@@ -307,18 +337,11 @@ def _cache_class() -> type:
             "Say which slots [R] and columns [R, T] the next pass writes, and how many columns it reads."
             self.rows, self.cols, self.width, self.n_slots = rows, cols, width, n_slots
 
-        def _room(self, buf: Tensor | None, like: Tensor) -> Tensor:
-            s, c = (0, 0) if buf is None else (buf.shape[0], buf.shape[2])
-            if buf is not None and s >= self.n_slots and c >= self.width: return buf
-            new = like.new_zeros(max(s, -(-self.n_slots // 16) * 16), like.shape[1], max(c, -(-self.width // 64) * 64), like.shape[3])
-            if buf is not None: new[:s, :, :c] = buf
-            return new
-
         def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             "Write this pass's keys and values [R, heads, T, width]; return those it attends over."
             res = []
             for store, new in ((self.k, key_states), (self.v, value_states)):
-                buf = store[layer_idx] = self._room(store.get(layer_idx), new)
+                buf = store[layer_idx] = _grown(store.get(layer_idx), new, self.n_slots, self.width)
                 if isinstance(self.rows, slice):
                     buf[torch.arange(new.shape[0], device=new.device), :, self.cols[:, 0]] = new[:, :, 0]
                     res.append(buf[self.rows, :, :self.width])
@@ -337,6 +360,28 @@ def _cache_class() -> type:
 
     return SlotCache
 
+# %% ../nbs/01_policy.ipynb #76b620b9
+def _layer_types(model: Any) -> tuple[str, ...]:
+    "What kinds of attention a model's config names, or the one kind it has; refuses models that keep other things than keys and values."
+    c = model.config.to_dict()
+    named = c.get('layer_types')
+    kinds = set(named or ['recurrent' if model._is_stateful else 'full_attention'])
+    bad = kinds - {'full_attention', 'sliding_attention'}
+    if bad: raise BackendError(f'{model.config.model_type} has layers of type {", ".join(sorted(bad))} — only models with full or sliding-window attention can be sampled here — serve it with vLLM')
+    return tuple(sorted(kinds)) if named else ('sliding window',) if c.get('sliding_window') else ()
+
+# %% ../nbs/01_policy.ipynb #c947e757
+def _masks(cols: Tensor, width: int, layers: tuple[str, ...], window: int | None, dtype: torch.dtype, additive: bool) -> Tensor | dict[str, Tensor]:
+    "Which of the `width` columns each token [R, T] sees: [R, 1, T, width], by kind of layer where the config names the kinds."
+    grid = torch.arange(width, device=cols.device)[None, None]
+    full = (grid <= cols[:, :, None]) & ((grid > 0) | (cols == 0)[:, :, None])
+    def shape(m: Tensor) -> Tensor:
+        return torch.zeros(m.shape, dtype=dtype, device=m.device).masked_fill(~m, torch.finfo(dtype).min)[:, None] if additive else m[:, None]
+    if 'sliding' not in ' '.join(layers): return shape(full)
+    near = full & (grid > cols[:, :, None] - (window or width))
+    if layers == ('sliding window',): return shape(near)
+    return {'full_attention': shape(full), 'sliding_attention': shape(near)}
+
 # %% ../nbs/01_policy.ipynb #314e1824
 Key = tuple[int | str, ...]  # names a conversation; order of keys is order of batches
 _owners: contextvars.ContextVar[tuple[Key, ...]] = contextvars.ContextVar('conversations', default=())  # those we are in, the innermost last
@@ -345,10 +390,12 @@ def _rank(key: Key) -> list[tuple[bool, int | str]]:
     "Keys in order, whatever they are made of."
     return [(isinstance(part, str), part) for part in key]
 
+# %% ../nbs/01_policy.ipynb #a29ccbcb
 def _free(key: Key, taken: Container[Key]) -> Key:
     "The key, or one like it that nobody has."
     return next(k for n in itertools.count(1) if (k := key if n == 1 else (*key, n)) not in taken)
 
+# %% ../nbs/01_policy.ipynb #fc273f4f
 @dataclass(eq=False)
 class _Request:
     "One turn being sampled."
@@ -383,7 +430,7 @@ class _Slots:
         "Drop everything the slots hold: the weights changed."
         self.slots, self.cached, self.cache, self.leaving = [], {}, None, set()
 
-# %% ../nbs/01_policy.ipynb #3dad2019
+# %% ../nbs/01_policy.ipynb #b1221778
 class _Engine(_Slots):
     "Continuous batching of many conversations over one model; see `Policy.sample`."
     def __init__(self, policy: Policy, max_batch_tokens: int = 8192) -> None:
@@ -437,18 +484,23 @@ class _Engine(_Slots):
                 if self.active: _tick(self)
                 await asyncio.sleep(0)
         except BaseException as e:
-            for r in [*self.queue, *self.active]:
-                if not r.future.done(): r.future.set_exception(e if isinstance(e, Exception) else BackendError('sampling was stopped'))
-            self.queue, self.active = [], []
-            self.forget()
+            _fail(self, e)
             if not isinstance(e, Exception): raise
 
-# %% ../nbs/01_policy.ipynb #b1221778
+# %% ../nbs/01_policy.ipynb #d2a7c4d5
+def _fail(e: _Engine, error: BaseException) -> None:
+    "Give the error to all who wait, and begin anew."
+    for r in e.live(): r.future.set_exception(error if isinstance(error, Exception) else BackendError('sampling was stopped'))
+    e.queue, e.active = [], []
+    e.forget()
+
+# %% ../nbs/01_policy.ipynb #4448ad91
 def _again(e: _Engine, rs: Sequence[_Request]) -> None:
     "What the slots of these requests held is gone: they are read anew."
     e.active = [r for r in e.active if r not in rs]
     e.queue += rs
 
+# %% ../nbs/01_policy.ipynb #4dc9c8f8
 def _clear(e: _Engine) -> None:
     "Free the slots that are no longer needed, in the order of keys: where the others lie must not depend on who left first."
     e.leaving |= {r.key for r in [*e.queue, *e.active] if r.future.done()} - e.joined
@@ -456,6 +508,7 @@ def _clear(e: _Engine) -> None:
     for key in sorted(e.leaving, key=_rank): e.drop(key)
     e.leaving.clear()
 
+# %% ../nbs/01_policy.ipynb #36ac4bcd
 def _admit(e: _Engine) -> None:
     "Give every waiting request its slot, in the order of keys, and find what its slot already holds."
     _clear(e)
@@ -469,81 +522,16 @@ def _admit(e: _Engine) -> None:
         e.active.append(r)
     e.active.sort(key=lambda r: _rank(r.key))
 
-# %% ../nbs/01_policy.ipynb #ea4684be
-@torch.inference_mode()
-def _tick(e: _Engine) -> None:
-    "One step for every active request."
-    if e.cache is None: e.cache = _cache_class()()
-    e.counts['ticks'] += 1
-    new = lambda r: len(r.ids) - r.done
-    fresh = sorted((r for r in e.active if new(r) > 1), key=lambda r: (new(r), _rank(r.key)))
-    rest = [r for r in e.active if new(r) == 1]
-    while fresh:
-        part = [fresh.pop()]
-        while fresh and (len(part) + 1) * new(part[0]) <= e.max_batch_tokens: part.append(fresh.pop())
-        _settle(e, part, _prefill(e, part))
-    if rest: _settle(e, rest, _decode(e, rest))
-    e.active = [r for r in e.active if not r.future.done()]
-
-# %% ../nbs/01_policy.ipynb #4066b1f6
-def _prefill(e: _Engine, part: list[_Request]) -> Tensor:
-    "Read the new tokens of each request into its slot; the logits [R, V] after the last one."
-    place = {k: i for i, k in enumerate(e.slots)}
-    first: dict[tuple[int, ...], int] = {}
-    lead = [first.setdefault(tuple(r.ids), i) if r.done == 0 else i for i, r in enumerate(part)]
-    own = sorted(set(lead)); rows = [part[i] for i in own]
-    T, width = max(len(r.ids) - r.done for r in rows), max(len(r.ids) for r in rows) + 1
-    ids, cols = np.zeros((2, len(rows), T), np.int64)
-    for i, r in enumerate(rows):
-        n = len(r.ids) - r.done
-        ids[i, T - n:] = r.ids[r.done:]; cols[i, T - n:] = np.arange(r.done + 1, len(r.ids) + 1)
-    logits = _pass(e.policy, e.cache, ids, cols, torch.tensor([place[r.key] for r in rows]), width, len(e.slots))
-    e.counts['prefilled_tokens'] += int((cols > 0).sum())
-    twins = [(place[part[j].key], place[part[i].key]) for i, j in enumerate(lead) if i != j]
-    if twins:
-        source, target = torch.tensor(twins, device=logits.device).T
-        e.cache.move(source, target, width)
-    back = {i: n for n, i in enumerate(own)}
-    return logits[[back[j] for j in lead]]
-
-# %% ../nbs/01_policy.ipynb #efc6fd49
-def _decode(e: _Engine, rest: list[_Request]) -> Tensor:
-    "The logits [R, V] after one more token each; every used slot takes part, so that no keys are copied."
-    place = {k: i for i, k in enumerate(e.slots)}
-    ids, cols = np.zeros((2, len(e.slots), 1), np.int64)
-    for k, i in place.items(): cols[i, 0] = len(e.cached[k]) + 1
-    for r in rest: ids[place[r.key], 0], cols[place[r.key], 0] = r.ids[-1], len(r.ids)
-    logits = _pass(e.policy, e.cache, ids, cols, slice(0, len(e.slots)), int(cols.max()) + 1, len(e.slots))
-    e.counts['decoded_tokens'] += len(rest)
-    return logits[[place[r.key] for r in rest]]
-
-# %% ../nbs/01_policy.ipynb #bcc30421
-def _settle(e: _Engine, part: list[_Request], logits: Tensor) -> None:
-    "Draw a token for each request, and answer those whose turn ended."
-    as_t = lambda v: torch.tensor(v, device=logits.device)
-    ps = [r.params for r in part]
-    top_p = as_t([p.top_p for p in ps]) if any(p.top_p < 1 for p in ps) else None
-    top_k = as_t([p.top_k for p in ps]) if any(p.top_k for p in ps) else None
-    x, logp = pick_tokens(logits, as_t([r.u[len(r.logps)] for r in part]), as_t([float(p.temperature) for p in ps]), top_p, top_k)
-    if not bool(torch.isfinite(logp).all()): raise BackendError('the model gives log-probabilities that are not finite — its weights are broken — load an earlier checkpoint')
-    ends, version = e.policy.format.end_ids, e.policy.version
-    for r, t, lp in zip(part, x.tolist(), logp.tolist()):
-        e.cached[r.key][r.done:] = r.ids[r.done:]
-        r.done = len(r.ids)
-        r.ids.append(t); r.logps.append(lp)
-        if t not in ends and len(r.logps) < r.params.max_tokens: continue
-        r.future.set_result(Sampled(tuple(r.ids[r.start:]), tuple(r.logps), 'stop' if t in ends else 'length', version))
-        if r.key not in e.joined: e.drop(r.key)
-
 # %% ../nbs/01_policy.ipynb #040fd155
-class ContextFull(BackendError):
-    "A conversation is longer than the model can read."
-
 def context_length(
     policy: Policy,  # any
 ) -> int:            # tokens; a very large number where the model names no limit
     "How many tokens a policy can read."
     return policy._context
+
+# %% ../nbs/01_policy.ipynb #34a9ced7
+class ContextFull(BackendError):
+    "A conversation is longer than the model can read."
 
 def _room(policy: Policy, n: int) -> int:
     "How many tokens fit after a context of n."
@@ -551,21 +539,24 @@ def _room(policy: Policy, n: int) -> int:
     if n >= limit: raise ContextFull(f'a context of {n} tokens — {policy.name} reads at most {limit} — shorten the conversation, or take a model with a longer context')
     return limit - n
 
-def _requests(policy: Policy, ids: Sequence[int], params: SamplingParams, key: Key | None, n: int) -> list[_Request]:
-    "The n requests of one call of `sample`, each with a random stream of its own."
-    loop, last = asyncio.get_running_loop(), policy.model.config.vocab_size - 1
-    if min(ids) < 0 or max(ids) > last: raise DataError(f'the context has token ids from {min(ids)} to {max(ids)} — this model knows 0 to {last} — were they made by another tokenizer?')
-    params = replace(params, max_tokens=min(params.max_tokens, _room(policy, len(ids))))
-    base = key if key is not None else ('~', stream(params.seed, *ids[-8:]))
-    rs = []
-    for i in range(n):
-        seed = params.seed if n == 1 else stream(params.seed, i)
-        r = _Request(base if n == 1 else (*base, i), _owners.get(), list(ids), params, loop.create_future(), len(ids))
-        r.u = np.random.Generator(np.random.Philox(key=seed)).random(params.max_tokens).tolist()
-        rs.append(r)
-    return rs
+# %% ../nbs/01_policy.ipynb #ace90af0
+@contextmanager
+def _lockstep(e: _Engine, key: Key) -> Iterator[None]:
+    "Be in lockstep under this key, below the conversations we are in already."
+    outer = _owners.get()
+    e.enter()
+    mine = _free((*outer[-1], *key) if outer else key, e.joined)
+    e.joined.add(mine)
+    token = _owners.set((*outer, mine))
+    try: yield
+    finally:
+        _owners.reset(token)
+        e.joined.discard(mine)
+        e.leaving.add(mine)
+        if not e.joined and not e.live(): _clear(e)
+        e.wake()
 
-# %% ../nbs/01_policy.ipynb #926b5932
+# %% ../nbs/01_policy.ipynb #f7d2d403
 class Policy:
     "A causal language model that can be sampled from, scored and trained."
     def __init__(
@@ -609,18 +600,7 @@ class Policy:
         key: Key,  # names it; batches follow the order of keys
     ) -> Iterator[None]:  # a `with` block
         "Join the lockstep for one conversation: its keys and values are kept until the end of the block. Conversations may be nested."
-        e, outer = self.engine, _owners.get()
-        e.enter()
-        mine = _free((*outer[-1], *key) if outer else key, e.joined)
-        e.joined.add(mine)
-        token = _owners.set((*outer, mine))
-        try: yield
-        finally:
-            _owners.reset(token)
-            e.joined.discard(mine)
-            e.leaving.add(mine)
-            if not e.joined and not e.live(): _clear(e)
-            e.wake()
+        with _lockstep(self.engine, key): yield
 
     async def release(
         self,
@@ -634,39 +614,6 @@ class Policy:
         self.version += 1
         _again(self.engine, self.engine.active)
         self.engine.forget()
-
-# %% ../nbs/01_policy.ipynb #76b620b9
-def _layer_types(model: Any) -> tuple[str, ...]:
-    "What kinds of attention a model's config names, or the one kind it has; refuses models that keep other things than keys and values."
-    c = model.config.to_dict()
-    named = c.get('layer_types')
-    kinds = set(named or ['recurrent' if model._is_stateful else 'full_attention'])
-    bad = kinds - {'full_attention', 'sliding_attention'}
-    if bad: raise BackendError(f'{model.config.model_type} has layers of type {", ".join(sorted(bad))} — only models with full or sliding-window attention can be sampled here — serve it with vLLM')
-    return tuple(sorted(kinds)) if named else ('sliding window',) if c.get('sliding_window') else ()
-
-# %% ../nbs/01_policy.ipynb #c947e757
-def _masks(cols: Tensor, width: int, layers: tuple[str, ...], window: int | None, dtype: torch.dtype, additive: bool) -> Tensor | dict[str, Tensor]:
-    "Which of the `width` columns each token [R, T] sees: [R, 1, T, width], by kind of layer where the config names the kinds."
-    grid = torch.arange(width, device=cols.device)[None, None]
-    full = (grid <= cols[:, :, None]) & ((grid > 0) | (cols == 0)[:, :, None])
-    def shape(m: Tensor) -> Tensor:
-        return torch.zeros(m.shape, dtype=dtype, device=m.device).masked_fill(~m, torch.finfo(dtype).min)[:, None] if additive else m[:, None]
-    if 'sliding' not in ' '.join(layers): return shape(full)
-    near = full & (grid > cols[:, :, None] - (window or width))
-    if layers == ('sliding window',): return shape(near)
-    return {'full_attention': shape(full), 'sliding_attention': shape(near)}
-
-# %% ../nbs/01_policy.ipynb #f4a8ef7b
-def _pass(policy: Policy, cache: Any, ids: np.ndarray, cols: np.ndarray, rows: slice | Tensor, width: int, n_slots: int) -> Tensor:
-    "Read `ids` [R, T] into slots `rows` at columns `cols` [R, T] (0 is padding); the logits [R, V] after the last."
-    config, dev = policy.model.config, policy.device
-    at = torch.from_numpy(cols).to(dev)
-    cache.plan(rows if isinstance(rows, slice) else rows.to(dev), at, width, n_slots)
-    mask = _masks(at, width, policy._layers, policy._window, policy.model.dtype, config._attn_implementation != 'sdpa')
-    try: out = policy.model(input_ids=torch.from_numpy(ids).to(dev), position_ids=(at - 1).clamp(min=0), attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    except (TypeError, ValueError, RuntimeError) as e: raise BackendError(f'a forward pass of {config.model_type} failed: {e} — {ids.shape[0]} rows of {ids.shape[1]} tokens over {width} columns') from e
-    return out.logits[:, -1]
 
 # %% ../nbs/01_policy.ipynb #0e95fcae
 def tiny_model(
@@ -683,6 +630,98 @@ def tiny_model(
         num_attention_heads=4, num_key_value_heads=2, head_dim=hidden_size // 4, max_position_embeddings=max_tokens, tie_word_embeddings=True,
         rope_theta=10_000., attention_dropout=0., bos_token_id=None, eos_token_id=1, pad_token_id=0)
     return Qwen3ForCausalLM(Qwen3Config(**settings))
+
+# %% ../nbs/01_policy.ipynb #5d53545e
+def _requests(policy: Policy, ids: Sequence[int], params: SamplingParams, key: Key | None, n: int) -> list[_Request]:
+    "The n requests of one call of `sample`, each with a random stream of its own."
+    loop, last = asyncio.get_running_loop(), policy.model.config.vocab_size - 1
+    if min(ids) < 0 or max(ids) > last: raise DataError(f'the context has token ids from {min(ids)} to {max(ids)} — this model knows 0 to {last} — were they made by another tokenizer?')
+    params = replace(params, max_tokens=min(params.max_tokens, _room(policy, len(ids))))
+    base = key if key is not None else ('~', stream(params.seed, *ids[-8:]))
+    rs = []
+    for i in range(n):
+        seed = params.seed if n == 1 else stream(params.seed, i)
+        r = _Request(base if n == 1 else (*base, i), _owners.get(), list(ids), params, loop.create_future(), len(ids))
+        r.u = np.random.Generator(np.random.Philox(key=seed)).random(params.max_tokens).tolist()
+        rs.append(r)
+    return rs
+
+# %% ../nbs/01_policy.ipynb #f4a8ef7b
+def _pass(policy: Policy, cache: Any, ids: np.ndarray, cols: np.ndarray, rows: slice | Tensor, width: int, n_slots: int) -> Tensor:
+    "Read `ids` [R, T] into slots `rows` at columns `cols` [R, T] (0 is padding); the logits [R, V] after the last."
+    config, dev = policy.model.config, policy.device
+    at = torch.from_numpy(cols).to(dev)
+    cache.plan(rows if isinstance(rows, slice) else rows.to(dev), at, width, n_slots)
+    mask = _masks(at, width, policy._layers, policy._window, policy.model.dtype, config._attn_implementation != 'sdpa')
+    try: out = policy.model(input_ids=torch.from_numpy(ids).to(dev), position_ids=(at - 1).clamp(min=0), attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    except (TypeError, ValueError, RuntimeError) as e: raise BackendError(f'a forward pass of {config.model_type} failed: {e} — {ids.shape[0]} rows of {ids.shape[1]} tokens over {width} columns') from e
+    return out.logits[:, -1]
+
+# %% ../nbs/01_policy.ipynb #4066b1f6
+def _prefill(e: _Engine, part: list[_Request]) -> Tensor:
+    "Read the new tokens of each request into its slot; the logits [R, V] after the last one."
+    place = {k: i for i, k in enumerate(e.slots)}
+    first: dict[tuple[int, ...], int] = {}
+    lead = [first.setdefault(tuple(r.ids), i) if r.done == 0 else i for i, r in enumerate(part)]
+    own = sorted(set(lead)); rows = [part[i] for i in own]
+    T, width = max(len(r.ids) - r.done for r in rows), max(len(r.ids) for r in rows) + 1
+    ids, cols = np.zeros((2, len(rows), T), np.int64)
+    for i, r in enumerate(rows):
+        n = len(r.ids) - r.done
+        ids[i, T - n:] = r.ids[r.done:]; cols[i, T - n:] = np.arange(r.done + 1, len(r.ids) + 1)
+    logits = _pass(e.policy, e.cache, ids, cols, torch.tensor([place[r.key] for r in rows]), width, len(e.slots))
+    e.counts['prefilled_tokens'] += int((cols > 0).sum())
+    twins = [(place[part[j].key], place[part[i].key]) for i, j in enumerate(lead) if i != j]
+    if twins:
+        source, target = torch.tensor(twins, device=logits.device).T
+        e.cache.move(source, target, width)
+    back = {i: n for n, i in enumerate(own)}
+    return logits[[back[j] for j in lead]]
+
+# %% ../nbs/01_policy.ipynb #bcc30421
+def _settle(e: _Engine, part: list[_Request], logits: Tensor) -> None:
+    "Draw a token for each request, and answer those whose turn ended."
+    as_t = lambda v: torch.tensor(v, device=logits.device)
+    ps = [r.params for r in part]
+    top_p = as_t([p.top_p for p in ps]) if any(p.top_p < 1 for p in ps) else None
+    top_k = as_t([p.top_k for p in ps]) if any(p.top_k for p in ps) else None
+    x, logp = pick_tokens(logits, as_t([r.u[len(r.logps)] for r in part]), as_t([float(p.temperature) for p in ps]), top_p, top_k)
+    if not bool(torch.isfinite(logp).all()): raise BackendError('the model gives log-probabilities that are not finite — its weights are broken — load an earlier checkpoint')
+    ends, version = e.policy.format.end_ids, e.policy.version
+    for r, t, lp in zip(part, x.tolist(), logp.tolist()):
+        e.cached[r.key][r.done:] = r.ids[r.done:]
+        r.done = len(r.ids)
+        r.ids.append(t); r.logps.append(lp)
+        if t not in ends and len(r.logps) < r.params.max_tokens: continue
+        r.future.set_result(Sampled(tuple(r.ids[r.start:]), tuple(r.logps), 'stop' if t in ends else 'length', version))
+        if r.key not in e.joined: e.drop(r.key)
+
+# %% ../nbs/01_policy.ipynb #efc6fd49
+def _decode(e: _Engine, rest: list[_Request]) -> Tensor:
+    "The logits [R, V] after one more token each; every used slot takes part, so that no keys are copied."
+    place = {k: i for i, k in enumerate(e.slots)}
+    ids, cols = np.zeros((2, len(e.slots), 1), np.int64)
+    for k, i in place.items(): cols[i, 0] = len(e.cached[k]) + 1
+    for r in rest: ids[place[r.key], 0], cols[place[r.key], 0] = r.ids[-1], len(r.ids)
+    logits = _pass(e.policy, e.cache, ids, cols, slice(0, len(e.slots)), int(cols.max()) + 1, len(e.slots))
+    e.counts['decoded_tokens'] += len(rest)
+    return logits[[place[r.key] for r in rest]]
+
+# %% ../nbs/01_policy.ipynb #ea4684be
+@torch.inference_mode()
+def _tick(e: _Engine) -> None:
+    "One step for every active request."
+    if e.cache is None: e.cache = _cache_class()()
+    e.counts['ticks'] += 1
+    new = lambda r: len(r.ids) - r.done
+    fresh = sorted((r for r in e.active if new(r) > 1), key=lambda r: (new(r), _rank(r.key)))
+    rest = [r for r in e.active if new(r) == 1]
+    while fresh:
+        part = [fresh.pop()]
+        while fresh and (len(part) + 1) * new(part[0]) <= e.max_batch_tokens: part.append(fresh.pop())
+        _settle(e, part, _prefill(e, part))
+    if rest: _settle(e, rest, _decode(e, rest))
+    e.active = [r for r in e.active if not r.future.done()]
 
 # %% ../nbs/01_policy.ipynb #6dd27835
 def pad_rows(
@@ -765,16 +804,11 @@ def save_policy(
         (tmp / 'policy.json').write_text(json.dumps({'schema': 1, 'name': policy.name, 'version': policy.version, 'format': type(policy.format).__name__}))
     return Path(path)
 
-def load_policy(
-    name_or_path: str | os.PathLike[str],  # a folder, or a model's name on the Hugging Face hub
-    device: str | None = None,             # 'cuda' where there is one, unless given
-    dtype: str = 'auto',                   # of the weights, e.g. 'float32'; 'auto' takes the checkpoint's
-    revision: str | None = None,           # of a model on the hub
-) -> Policy:                               # raises `BackendError` when it cannot be had
-    "Any causal language model, by folder or by name. Only safetensors are read; no remote code is run."
+# %% ../nbs/01_policy.ipynb #0f952985
+def _load_model(where: str, revision: str | None, dtype: str) -> tuple[Any, Any]:
+    "(tokenizer, model) of a folder or a name on the hub."
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    where = str(name_or_path)
     try:
         with _no_bars():
             tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
@@ -782,6 +816,18 @@ def load_policy(
     except (OSError, ValueError, SafetensorError) as e:
         raise BackendError(f'cannot load the model {where!r} — expected a folder with config.json, model.safetensors and a tokenizer, or a name on the hub that can be reached — {str(e).splitlines()[0][:160]}') from None
     for p in model.parameters(): p.data = p.data.clone()  # out of the mapped file, aligned as new weights are: the same bits come out
+    return tokenizer, model
+
+# %% ../nbs/01_policy.ipynb #ce99b50a
+def load_policy(
+    name_or_path: str | os.PathLike[str],  # a folder, or a model's name on the Hugging Face hub
+    device: str | None = None,             # 'cuda' where there is one, unless given
+    dtype: str = 'auto',                   # of the weights, e.g. 'float32'; 'auto' takes the checkpoint's
+    revision: str | None = None,           # of a model on the hub
+) -> Policy:                               # raises `BackendError` when it cannot be had
+    "Any causal language model, by folder or by name. Only safetensors are read; no remote code is run."
+    where = str(name_or_path)
+    tokenizer, model = _load_model(where, revision, dtype)
     f = Path(where) / 'policy.json'
     about = json.loads(f.read_text()) if f.is_file() else {}
     if about.get('format', 'TemplateFormat') not in ('CompactFormat', 'TemplateFormat'): raise BackendError(f'{where} was saved with the format {about["format"]} — only CompactFormat and TemplateFormat are known here — load the model, and give your format to Policy')
@@ -824,6 +870,7 @@ def _pieces(part: Iterable[int], lengths: Sequence[int], size: int, max_tokens: 
         res[-1].append(int(i))
     return res
 
+# %% ../nbs/01_policy.ipynb #6cfe4e31
 def _batches(lengths: Sequence[int], steps: int, size: int, short_first: float, seed: int, max_tokens: int) -> Iterator[list[int]]:
     "Batches of row numbers: the shortest two fifths alone for the first part of the steps, rows of like length together."
     rng = np.random.default_rng(seed)
@@ -841,7 +888,19 @@ def _batches(lengths: Sequence[int], steps: int, size: int, short_first: float, 
             pool = [pool[i] for i in rng.permutation(len(pool))]
         yield pool.pop()
 
-# %% ../nbs/01_policy.ipynb #c9e28eb5
+# %% ../nbs/01_policy.ipynb #078f7d4b
+def _imitation_loss(policy: Policy, rows: Sequence[tuple[list[int], list[int]]]) -> Tensor:
+    "How unlikely the agent's tokens are in these (ids, mask), nats a token."
+    mask = pad_rows([m for _, m in rows])
+    logps, _ = sequence_logps(policy, pad_rows([ids for ids, _ in rows]), mask)
+    return -logps.sum() / mask.sum()
+
+# %% ../nbs/01_policy.ipynb #37dbbec8
+def _cosine(i: int, steps: int) -> float:
+    "The learning rate of step i, as a share of the highest: warmed up over 5 % of the steps, then a cosine to a tenth."
+    return min((i + 1) / max(1, steps // 20), .55 + .45 * math.cos(math.pi * min(1, i / max(1, steps))))
+
+# %% ../nbs/01_policy.ipynb #c5cc6e7d
 def clone_conversations(
     policy: Policy,                         # changed in place
     conversations: Sequence[Conversation],  # what to learn from
@@ -860,15 +919,12 @@ def clone_conversations(
     rows = [(ids[:limit], mask[:limit]) for c in conversations for ids, mask in conversation_tokens(policy.format, c.messages, tools) if any(mask[:limit])]
     if not rows: raise DataError('no assistant turn in these conversations — there is nothing to learn from')
     opt = torch.optim.AdamW(policy.model.parameters(), learning_rate, betas=(.9, .95), weight_decay=.01)
-    warm = max(1, steps // 20)
-    rate = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: min((i + 1) / warm, .55 + .45 * math.cos(math.pi * min(1, i / steps))))
+    rate = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: _cosine(i, steps))
     losses = []
     policy.model.train()
     with progress_bar(f'cloning {len(conversations)} conversations', steps, progress) as advance:
         for step, batch in enumerate(_batches([len(r[0]) for r in rows], steps, batch_size, short_first, seed, max_batch_tokens)):
-            mask = pad_rows([rows[i][1] for i in batch])
-            logps, _ = sequence_logps(policy, pad_rows([rows[i][0] for i in batch]), mask)
-            loss = -logps.sum() / mask.sum()
+            loss = _imitation_loss(policy, [rows[i] for i in batch])
             loss.backward()
             nn.utils.clip_grad_norm_(policy.model.parameters(), 1.)
             opt.step(); opt.zero_grad(set_to_none=True); rate.step()
@@ -892,19 +948,26 @@ class TinyConfig(Record):
     max_tokens: int = 2048        # longest context, tokens
 
     def __post_init__(self) -> None:
-        for k, low in {'steps': 0, 'batch_size': 1, 'hidden_size': 8, 'layers': 1, 'vocab_size': 1, 'max_tokens': 2}.items():
-            v = self.__dict__[k]
-            if isinstance(v, bool) or not isinstance(v, int) or v < low: raise ConfigError(f'{k}={v!r} — must be a whole number, at least {low}')
+        _whole_numbers(self, {'steps': 0, 'batch_size': 1, 'hidden_size': 8, 'layers': 1, 'vocab_size': 1, 'max_tokens': 2})
         if self.hidden_size % 8: raise ConfigError(f'hidden_size={self.hidden_size} — must be a multiple of 8: four heads, each with pairs of numbers')
         if not 0 < self.learning_rate < math.inf: raise ConfigError(f'learning_rate={self.learning_rate!r} — must be above 0; try 4e-3')
         if not 0 <= self.short_first <= 1: raise ConfigError(f'short_first={self.short_first!r} — must be from 0 to 1')
 
-# %% ../nbs/01_policy.ipynb #f369abcf
+# %% ../nbs/01_policy.ipynb #dea3c5fe
+def _corpus(conversations: Sequence[Conversation]) -> Iterator[str]:
+    "What a compact tokenizer will have to write."
+    for c in conversations:
+        for m in c.messages:
+            yield m.text
+            for t in m.tool_calls: yield _compact_text(t)
+
+# %% ../nbs/01_policy.ipynb #44ff58a4
 def cache_folder() -> Path:  # STATESET_NB_CACHE, or stateset-nb in the user's cache folder
     "Where things that can be made again are kept."
     home = os.environ.get('STATESET_NB_CACHE') or Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'stateset-nb'
     return Path(home)
 
+# %% ../nbs/01_policy.ipynb #e8cdbe55
 _RECIPE = 5  # raised whenever a tiny policy is made differently, so that old ones on disk are not taken for new
 
 def tiny_policy(
@@ -924,10 +987,3 @@ def tiny_policy(
     clone_conversations(policy, conversations, config.steps, config.batch_size, config.learning_rate, config.short_first, seed, on_step=on_step, progress=progress)
     if place is not None: save_policy(policy, place)
     return policy
-
-def _corpus(conversations: Sequence[Conversation]) -> Iterator[str]:
-    "What a compact tokenizer will have to write."
-    for c in conversations:
-        for m in c.messages:
-            yield m.text
-            for t in m.tool_calls: yield _compact_text(t)
