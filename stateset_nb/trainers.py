@@ -24,11 +24,35 @@ from .environments import ConversationEnvironment, Environment, rollouts
 from .grpo import KL_KINDS, LOSS_TYPES, agreeing_groups, group_advantages, grpo_loss, mean_metrics, pad_turns, sum_and_count, turn_advantages
 
 # %% auto #0
-__all__ = ['TrainingConfig', 'TrainingProfile', 'TrainingRun', 'Row', 'credit', 'make_rows', 'micro_batches', 'backward',
+__all__ = ['TrainingConfig', 'TrainingProfile', 'TrainingRun', 'credit', 'Row', 'make_rows', 'micro_batches', 'backward',
            'play_metrics', 'last_checkpoint', 'TrainerCallback', 'pick_scenarios', 'learning_rate_at', 'learn',
            'RunLog', 'MultiTurnGRPOTrainer', 'SingleTurnGRPOTrainer']
 
 # %% ../nbs/32_trainers.ipynb #b9572998
+_Rule = tuple[Callable[[Any], bool], str]  # what a value may be: asked, and said
+_count: _Rule = (lambda v: isinstance(v, int) and v >= 1, 'a whole number, at least 1')
+_whole: _Rule = (lambda v: isinstance(v, int) and v >= 0, 'a whole number, 0 or more')
+_positive: _Rule = (lambda v: 0 < v < math.inf, 'above 0')
+_nonneg: _Rule = (lambda v: 0 <= v < math.inf, '0 or more')
+
+def _in_range(name: str, v: Any, rule: _Rule) -> None:
+    "Refuse what is no number, or not in its range."
+    ok, want = rule
+    if isinstance(v, bool) or not isinstance(v, (int, float)) or not ok(v): raise ConfigError(f'{name}={v!r} — must be {want}')
+
+# %% ../nbs/32_trainers.ipynb #eca1a798
+_RANGES: dict[str, _Rule] = {
+    **dict.fromkeys('num_episodes prompts_per_step max_completion_length max_turns num_iterations micro_batch_tokens rollout_limit save_total_limit'.split(), _count),
+    'num_generations': (lambda v: isinstance(v, int) and v >= 2, 'a whole number, at least 2: advantages compare siblings'),
+    **dict.fromkeys('temperature learning_rate max_grad_norm epsilon epsilon_high'.split(), _positive),
+    **dict.fromkeys('warmup_steps seed eval_steps save_steps'.split(), _whole),
+    **dict.fromkeys('weight_decay beta'.split(), _nonneg),
+    'gamma': (lambda v: 0 <= v <= 1, 'from 0 to 1')}
+_CHOICES: dict[str, Sequence[Any]] = {
+    'scale_rewards': (True, False), 'mask_truncated_completions': (True, False), 'lr_scheduler_type': ('constant', 'linear', 'cosine'),
+    'loss_type': LOSS_TYPES, 'importance_sampling_level': ('token', 'sequence'), 'kl': KL_KINDS, 'turn_credit': ('outcome', 'turn')}
+
+# %% ../nbs/32_trainers.ipynb #e9f73c4b
 @dataclass(frozen=True)
 class TrainingConfig(Record):
     "What a training run is made of; names as in TRL where TRL has them."
@@ -62,9 +86,7 @@ class TrainingConfig(Record):
     save_total_limit: int = 2         # checkpoints kept
 
     def __post_init__(self) -> None:
-        for name, (ok, want) in _RANGES.items():
-            v = self.__dict__[name]
-            if isinstance(v, bool) or not isinstance(v, (int, float)) or not ok(v): raise ConfigError(f'{name}={v!r} — must be {want}')
+        for name, rule in _RANGES.items(): _in_range(name, self.__dict__[name], rule)
         for name, kinds in _CHOICES.items():
             if self.__dict__[name] not in kinds: raise ConfigError(f'{name}={self.__dict__[name]!r} — expected one of {", ".join(map(str, kinds))}')
 
@@ -78,23 +100,13 @@ class TrainingConfig(Record):
         check_keys(overrides, [f.name for f in fields(cls)], 'TrainingConfig', ConfigError)
         return cls(**(profile.value | overrides))
 
-# %% ../nbs/32_trainers.ipynb #6024f535
+# %% ../nbs/32_trainers.ipynb #896c6d6c
 class TrainingProfile(Enum):
     "Starting points: how boldly the weights move."
     CONSERVATIVE = {'learning_rate': 1e-6, 'epsilon': 0.1, 'epsilon_high': 0.1, 'beta': 0.05, 'max_grad_norm': 0.5}
     BALANCED = {'learning_rate': 1e-5}
     AGGRESSIVE = {'learning_rate': 5e-5, 'epsilon_high': 0.4, 'num_iterations': 2}
     TINY = {'learning_rate': 5e-4, 'lr_scheduler_type': 'linear', 'prompts_per_step': 16, 'max_completion_length': 48}  # for models made on the spot
-
-_count, _whole = (lambda v: isinstance(v, int) and v >= 1, 'a whole number, at least 1'), (lambda v: isinstance(v, int) and v >= 0, 'a whole number, 0 or more')
-_positive, _nonneg = (lambda v: 0 < v < math.inf, 'above 0'), (lambda v: 0 <= v < math.inf, '0 or more')
-_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys('num_episodes prompts_per_step max_completion_length max_turns num_iterations micro_batch_tokens rollout_limit save_total_limit'.split(), _count),
-    'num_generations': (lambda v: isinstance(v, int) and v >= 2, 'a whole number, at least 2: advantages compare siblings'),
-    **dict.fromkeys('temperature learning_rate max_grad_norm epsilon epsilon_high'.split(), _positive),
-    **dict.fromkeys('warmup_steps seed eval_steps save_steps'.split(), _whole), **dict.fromkeys('weight_decay beta'.split(), _nonneg), 'gamma': (lambda v: 0 <= v <= 1, 'from 0 to 1')}
-_CHOICES: dict[str, Sequence[Any]] = {'scale_rewards': (True, False), 'mask_truncated_completions': (True, False), 'lr_scheduler_type': ('constant', 'linear', 'cosine'), 'loss_type': LOSS_TYPES, 'importance_sampling_level': ('token', 'sequence'),
-            'kl': KL_KINDS, 'turn_credit': ('outcome', 'turn')}
 
 # %% ../nbs/32_trainers.ipynb #98d26b84
 class TrainingRun:
@@ -140,8 +152,7 @@ class TrainingRun:
     ) -> None:
         "Change a setting while the run goes on."
         check_keys([name], self.knobs, 'TrainingRun', ConfigError)
-        ok, want = self.knobs[name]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not ok(value): raise ConfigError(f'{name}={value!r} — must be {want}')
+        _in_range(name, value, self.knobs[name])
         with self.lock: self.pending = self.pending | {name: value}
 
     async def gate(self) -> dict[str, Any]:  # the knobs that were turned since the last boundary
@@ -150,15 +161,7 @@ class TrainingRun:
         with self.lock: turned, self.pending = self.pending, {}
         return turned
 
-# %% ../nbs/32_trainers.ipynb #b78a8bf4
-@dataclass(frozen=True)
-class Row:
-    "One segment to learn from."
-    ids: tuple[int, ...]           # T tokens
-    mask: tuple[int, ...]          # T, 1 where sampled and learnt from
-    logps: tuple[float, ...]       # T, log-probability when it was sampled, nats
-    advantages: tuple[float, ...]  # T, 0 where the mask is 0
-
+# %% ../nbs/32_trainers.ipynb #1a470313
 def credit(
     groups: Sequence[TrajectoryGroup],  # P groups of G episodes
     config: TrainingConfig,             # how credit is given
@@ -172,6 +175,15 @@ def credit(
         return [[adv[p, g, :len(turns[p][g])] for g in range(len(turns[p]))] for p in range(len(groups))]
     one = group_advantages([list(g.rewards) for g in groups], scale=config.scale_rewards)
     return [[one[p, g].expand(len(turns[p][g])) for g in range(len(turns[p]))] for p in range(len(groups))]
+
+# %% ../nbs/32_trainers.ipynb #11698c8d
+@dataclass(frozen=True)
+class Row:
+    "One segment to learn from."
+    ids: tuple[int, ...]           # T tokens
+    mask: tuple[int, ...]          # T, 1 where sampled and learnt from
+    logps: tuple[float, ...]       # T, log-probability when it was sampled, nats
+    advantages: tuple[float, ...]  # T, 0 where the mask is 0
 
 # %% ../nbs/32_trainers.ipynb #ab53a39f
 def make_rows(
@@ -203,6 +215,13 @@ def micro_batches(
     return res
 
 # %% ../nbs/32_trainers.ipynb #a3b2e6c3
+def _one_a_row(adv: Tensor, mask: Tensor) -> Tensor:
+    "The advantage [B] of rows in which every sampled token has the same one."
+    low, high = adv.masked_fill(mask == 0, math.inf).amin(-1), adv.masked_fill(mask == 0, -math.inf).amax(-1)
+    if bool((high > low).any()): raise ConfigError("importance_sampling_level='sequence' has one ratio a row, turn_credit='turn' several advantages — use turn_credit='outcome'")
+    return torch.where(torch.isfinite(high), high, 0)
+
+# %% ../nbs/32_trainers.ipynb #a095e681
 def backward(
     policy: Policy,            # gradients are added to its weights
     rows: Sequence[Row],       # a micro-batch
@@ -231,12 +250,6 @@ def backward(
     metrics |= {'entropy': sum_and_count(entropy, mask), 'sampling/sampling_logp_difference/mean': sum_and_count((logps.detach() - played).abs(), mask)}
     return loss.item(), metrics, [lp[:len(r.ids)] for lp, r in zip(logps.detach(), rows)]
 
-def _one_a_row(adv: Tensor, mask: Tensor) -> Tensor:
-    "The advantage [B] of rows in which every sampled token has the same one."
-    low, high = adv.masked_fill(mask == 0, math.inf).amin(-1), adv.masked_fill(mask == 0, -math.inf).amax(-1)
-    if bool((high > low).any()): raise ConfigError("importance_sampling_level='sequence' has one ratio a row, turn_credit='turn' several advantages — use turn_credit='outcome'")
-    return torch.where(torch.isfinite(high), high, 0)
-
 # %% ../nbs/32_trainers.ipynb #70e3ff3b
 def play_metrics(
     groups: Sequence[TrajectoryGroup],  # P groups of G episodes
@@ -261,25 +274,30 @@ def _save_optimizer(opt: torch.optim.Optimizer, folder: Path) -> None:
     state = opt.state_dict()['state']
     save_file({f'{i}.{k}': v.contiguous() for i, s in state.items() for k, v in s.items()}, folder / 'optimizer.safetensors')
 
+# %% ../nbs/32_trainers.ipynb #f164082a
 def _load_optimizer(opt: torch.optim.Optimizer, folder: Path) -> None:
-    "Put AdamW's moments back."
+    "Put AdamW's moments back; raises `DataError` where they cannot be read."
     from safetensors.torch import load_file
     state: dict[int, dict[str, Tensor]] = {}
-    for name, v in load_file(folder / 'optimizer.safetensors').items():
-        i, k = name.split('.')
-        state.setdefault(int(i), {})[k] = v.clone()
-    opt.load_state_dict({'state': state, 'param_groups': opt.state_dict()['param_groups']})
+    try:
+        for name, v in load_file(folder / 'optimizer.safetensors').items():
+            i, k = name.split('.')
+            state.setdefault(int(i), {})[k] = v.clone()
+        opt.load_state_dict({'state': state, 'param_groups': opt.state_dict()['param_groups']})
+    except (OSError, ValueError, SafetensorError) as e: raise DataError(f'{folder}/optimizer.safetensors cannot be read: {e} — take an earlier checkpoint') from None
 
+# %% ../nbs/32_trainers.ipynb #9dc88b88
+def _checkpoints(folder: Path) -> dict[int, Path]:
+    "Rounds done -> where they were saved, the newest last; what else lies in the folder is not ours."
+    found = [p for p in folder.glob('checkpoint-*') if re.fullmatch(r'checkpoint-\d+', p.name) and (p / 'trainer.json').is_file()]
+    return {int(p.name.split('-')[1]): p for p in sorted(found, key=lambda p: int(p.name.split('-')[1]))}
+
+# %% ../nbs/32_trainers.ipynb #bf7c4bb1
 def last_checkpoint(
     folder: str | os.PathLike[str],  # a run's folder
 ) -> Path | None:                    # the newest checkpoint in it
     "Where a run can be taken up again."
     return next(reversed(_checkpoints(Path(folder)).values()), None)
-
-def _checkpoints(folder: Path) -> dict[int, Path]:
-    "Rounds done -> where they were saved, the newest last; what else lies in the folder is not ours."
-    found = [p for p in folder.glob('checkpoint-*') if re.fullmatch(r'checkpoint-\d+', p.name) and (p / 'trainer.json').is_file()]
-    return {int(p.name.split('-')[1]): p for p in sorted(found, key=lambda p: int(p.name.split('-')[1]))}
 
 # %% ../nbs/32_trainers.ipynb #b5e8316f
 class TrainerCallback(Protocol):
@@ -303,7 +321,7 @@ def pick_scenarios(
     def at(i: int) -> Scenario: return scenarios[np.random.default_rng(stream(config.seed, 'order', i // n)).permutation(n)[i % n]]
     return list({s.id: s for s in (at(i) for i in range(step * k, (step + 1) * k))}.values())
 
-# %% ../nbs/32_trainers.ipynb #01afb18b
+# %% ../nbs/32_trainers.ipynb #dad718eb
 def learning_rate_at(
     step: int,               # the round, from 0
     config: TrainingConfig,  # the schedule
@@ -313,6 +331,7 @@ def learning_rate_at(
     shape = {'constant': 1., 'linear': left, 'cosine': .5 - .5 * math.cos(math.pi * left)}[config.lr_scheduler_type]
     return config.learning_rate * shape * (min(1., (step + 1) / config.warmup_steps) if config.warmup_steps else 1.)
 
+# %% ../nbs/32_trainers.ipynb #c0852f54
 def _move(policy: Policy, optimizer: torch.optim.Optimizer, rate: float, max_norm: float) -> float:
     "One optimizer step; the gradient's length before it was shortened."
     for p in policy.model.parameters():
@@ -350,6 +369,19 @@ def learn(
     return res
 
 # %% ../nbs/32_trainers.ipynb #af7f5602
+def _drop_after(file: Path, step: int) -> None:
+    "Drop the lines of later rounds, and a last line that was cut."
+    whole = file.read_bytes().split(b'\n')[:-1]  # as bytes, at line feeds alone: a cut character, or a strange one in a text, is no reason to stop
+    write_text(file, ''.join(l.decode() + '\n' for l in whole if json.loads(l)['step'] <= step))
+
+# %% ../nbs/32_trainers.ipynb #09edfdbe
+def _sweep(folder: Path) -> None:
+    "Remove what a killed run left half written."
+    for p in folder.glob('.*'):
+        if not re.fullmatch(r'\.(checkpoint-\d+|metrics\.jsonl|trajectories\.jsonl)\.\w{8}', p.name): continue
+        shutil.rmtree(p) if p.is_dir() else p.unlink()
+
+# %% ../nbs/32_trainers.ipynb #b0c5a70f
 class RunLog:
     "The files of a run."
     def __init__(
@@ -364,9 +396,7 @@ class RunLog:
         step: int,  # rounds done
     ) -> None:      # raises `ConfigError` where the checkpoints of another run lie
         "Be ready for the round after this one; what a killed run left half written is swept up."
-        for p in self.folder.glob('.*'):
-            if not re.fullmatch(r'\.(checkpoint-\d+|metrics\.jsonl|trajectories\.jsonl)\.\w{8}', p.name): continue
-            shutil.rmtree(p) if p.is_dir() else p.unlink()
+        _sweep(self.folder)
         later = [p.name for k, p in _checkpoints(self.folder).items() if k > step]
         if later: raise ConfigError(f'{self.folder} holds {", ".join(later)}, and this run has done {step} rounds — go on with load_checkpoint, or choose another output_dir')
         self.keep(step)
@@ -388,9 +418,7 @@ class RunLog:
     ) -> None:
         "Drop later rounds, and a line that was cut."
         for f in (self.folder / 'metrics.jsonl', self.folder / 'trajectories.jsonl'):
-            if not f.is_file(): continue
-            whole = f.read_bytes().split(b'\n')[:-1]  # as bytes, at line feeds alone: a cut character, or a strange one in a text, is no reason to stop
-            write_text(f, ''.join(l.decode() + '\n' for l in whole if json.loads(l)['step'] <= step))
+            if f.is_file(): _drop_after(f, step)
 
     def prune(
         self,
@@ -399,7 +427,21 @@ class RunLog:
         "Remove old checkpoints."
         for p in list(_checkpoints(self.folder).values())[:-limit]: shutil.rmtree(p)
 
-# %% ../nbs/32_trainers.ipynb #09edfdbe
+# %% ../nbs/32_trainers.ipynb #6c7c1db9
+def _read_state(path: Path) -> dict[str, Any]:
+    "A checkpoint's `trainer.json`."
+    try: about = json.loads((path / 'trainer.json').read_text())
+    except (OSError, ValueError): about = None
+    if not isinstance(about, dict) or not {'step', 'config', 'settings'} <= about.keys(): raise DataError(f'{path} is not a checkpoint — expected a folder with trainer.json, optimizer.safetensors and policy/')
+    return about
+
+# %% ../nbs/32_trainers.ipynb #cb6cf7f2
+def _check_same(path: Any, then: dict[str, Any], now: dict[str, Any], allow: Sequence[str]) -> None:
+    "Refuse settings that differ from those a checkpoint was made with, but for those allowed."
+    changed = [k for k in now if k not in allow and then[k] != now[k]]
+    if changed: raise ConfigError(f'{path} was made with other settings — {"; ".join(f"{k}: {then[k]!r} then, {now[k]!r} now" for k in changed)} — use those, or load_checkpoint(path, allow={changed})')
+
+# %% ../nbs/32_trainers.ipynb #36e9795b
 class _Resumable:
     "A trainer's checkpoints."
     agent: Agent; config: TrainingConfig; settings: TrainingConfig; step: int; log: RunLog | None
@@ -434,25 +476,21 @@ class _Resumable:
         "Take a run up again: afterwards it goes on exactly as it would have."
         about = _read_state(Path(path))
         then, now = TrainingConfig.from_dict(about['config']).to_dict(), self.config.to_dict()
-        changed = [k for k in now if k not in allow and then[k] != now[k]]
-        if changed: raise ConfigError(f'{path} was made with other settings — {"; ".join(f"{k}: {then[k]!r} then, {now[k]!r} now" for k in changed)} — use those, or load_checkpoint(path, allow={changed})')
+        _check_same(path, then, now, allow)
         policy = load_policy(Path(path) / 'policy', str(self.agent.policy.device))
         self.agent._backend = PolicyBackend(policy)
         await self.initialize()
         if self.reference is not None: self.reference = load_policy(Path(path) / 'reference', str(policy.device))
-        try: _load_optimizer(self.optimizer, Path(path))
-        except (OSError, ValueError, SafetensorError) as e: raise DataError(f'{path}/optimizer.safetensors cannot be read: {e} — take an earlier checkpoint') from None
+        _load_optimizer(self.optimizer, Path(path))
         self.step, self.settings = about['step'], TrainingConfig.from_dict(about['settings'] | {k: now[k] for k in allow})
         if self.log is not None: self.log.keep(self.step)
 
-def _read_state(path: Path) -> dict[str, Any]:
-    "A checkpoint's `trainer.json`."
-    try: about = json.loads((path / 'trainer.json').read_text())
-    except (OSError, ValueError): about = None
-    if not isinstance(about, dict) or not {'step', 'config', 'settings'} <= about.keys(): raise DataError(f'{path} is not a checkpoint — expected a folder with trainer.json, optimizer.safetensors and policy/')
-    return about
+# %% ../nbs/32_trainers.ipynb #aafae560
+def _player(agent: Agent, c: TrainingConfig) -> Agent:
+    "The agent as it plays: sampled from its whole distribution, at the temperature of the training."
+    return Agent(replace(agent.config, temperature=c.temperature, max_new_tokens=c.max_completion_length, top_p=1., top_k=0), agent.backend)
 
-# %% ../nbs/32_trainers.ipynb #cb6cf7f2
+# %% ../nbs/32_trainers.ipynb #20283f2b
 class _Rounds(_Resumable):
     "One round of a trainer: play, learn, evaluate, record."
     environment: Environment; reward_fn: RewardFunction | None; scenarios: list[Scenario]; run: TrainingRun
@@ -462,8 +500,7 @@ class _Rounds(_Resumable):
     async def play(self) -> list[TrajectoryGroup]:  # P groups of G episodes
         "One round of episodes."
         c = self.settings
-        player = Agent(replace(self.agent.config, temperature=c.temperature, max_new_tokens=c.max_completion_length, top_p=1., top_k=0), self.agent.backend)
-        groups = await rollouts(player, self.environment, pick_scenarios(self.scenarios, self.step, c), c.num_generations, stream(c.seed, 'step', self.step),
+        groups = await rollouts(_player(self.agent, c), self.environment, pick_scenarios(self.scenarios, self.step, c), c.num_generations, stream(c.seed, 'step', self.step),
                                 self.reward_fn, c.rollout_limit, max_turns=1 if self.single_turn else c.max_turns)
         if self.single_turn and all(t.truncated and t.segments and t.messages[-1].role != 'assistant' for g in groups for t in g.trajectories):
             raise ConfigError('every episode wanted a second turn — SingleTurnGRPOTrainer learns from one answer — use MultiTurnGRPOTrainer')
