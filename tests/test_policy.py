@@ -86,7 +86,7 @@ def test_whatever_is_sampled_is_read_or_refused_by_the_tool(ids):
     for c in m.tool_calls:
         try: c.parsed()
         except DataError: pass
-    CF.start([Message('user', 'x'), m, Message('user', 'y')])  # and can be told to another model
+    assert m.role == 'assistant' and CF.start([Message('user', 'x'), m, Message('user', 'y')])  # and can be told to another model
 
 CHATML = ("{% for m in messages %}<|{{m.role}}|>{{m.content}}{% for c in m.tool_calls or [] %}<tool_call>\n{{ {'name': c.function.name, 'arguments': c.function.arguments} | tojson }}\n</tool_call>{% endfor %}"
           "<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
@@ -194,7 +194,7 @@ async def crowd(policy, n=8, **kw): return await asyncio.gather(*(converse(polic
 
 @pytest.mark.parametrize('joined', [True, False])
 @pytest.mark.parametrize('params', [SamplingParams(), SamplingParams(temperature=.7, top_k=5), SamplingParams(temperature=1.3, top_p=.8), SamplingParams(temperature=0.)], ids=str)
-def test_every_turn_has_the_log_probabilities_of_a_plain_pass(pol, joined, params): soon(crowd(pol, joined=joined, params=params))
+def test_every_turn_has_the_log_probabilities_of_a_plain_pass(pol, joined, params): assert len(soon(crowd(pol, joined=joined, params=params))) == 8  # each compared as it was sampled
 
 def ids_of(talks): return [[s.ids for s in t] for t in talks]
 
@@ -267,7 +267,7 @@ def test_two_calls_that_look_alike_do_not_share_a_row(pol, key):
         close(pol, ctx, s)
         return s
     async def go(): return await asyncio.gather(*map(ask, range(4)))
-    soon(go())
+    assert len(soon(go())) == 4
 
 def test_keys_of_any_shape_stand_beside_each_other(pol):
     async def ask(key):
