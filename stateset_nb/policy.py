@@ -774,7 +774,7 @@ def new_folder(
     tmp = Path(tempfile.mkdtemp(dir=p.parent, prefix=f'.{p.name}.'))
     try:
         yield tmp
-        os.chmod(tmp, 0o755)
+        for f in [tmp, *tmp.rglob('*')]: f.chmod(0o755 if f.is_dir() else 0o644)  # whoever serves a model need not be who made it
         if p.exists(): old = p.rename(tmp.with_name(tmp.name + '.old')); tmp.rename(p); shutil.rmtree(old)
         else: tmp.rename(p)
     except BaseException:

@@ -474,6 +474,7 @@ def test_a_saved_policy_comes_back_bit_for_bit(tmp_path):
     assert soon(crowd(q)) == before and (q.name, q.version, type(q.format)) == (p.name, p.version, CompactFormat)
     assert [f.name for f in (tmp_path / 'a').iterdir()] == ['p']
     assert not [f.name for f in (tmp_path / 'a' / 'p').iterdir() if f.suffix in ('.bin', '.pt', '.pkl')]
+    assert {f.stat().st_mode & 0o777 for f in (tmp_path / 'a' / 'p').iterdir()} == {0o644}
     tk = FORMATS['chatml'].tokenizer
     t = Policy(p.model, tk)
     save_policy(t, tmp_path / 't')
