@@ -1,6 +1,6 @@
 """The demo over seeds: what cloning, filtering the logs and practice reach on the built-in support desk, and at what cost.
 
-    python benchmarks/support_desk.py              # every seed, and the setting with plentiful logs
+    python benchmarks/support_desk.py              # every seed, and the settings with plentiful logs
     python benchmarks/support_desk.py --seeds 1    # one seed; results are merged with those that are there
     python benchmarks/support_desk.py --quick      # one seed at a third of the demo's settings, for `make bench`
     python benchmarks/support_desk.py --smoke      # tiny settings: does it run at all?
@@ -33,7 +33,7 @@ from stateset_nb.stats import compare_paired
 
 HERE = Path(__file__).parent
 RARE = 'refund: escalate ($100 or more)'
-SETTINGS = {'few logs': {}, 'plentiful logs': {'logs': 20_000}}  # what differs from the demo's defaults
+SETTINGS = {'few logs': {}, 'plentiful logs': {'logs': 20_000}, 'very plentiful logs': {'logs': 40_000}}  # what differs from the demo's defaults
 WHO = {'logs': 'the clerks themselves', 'clone': 'clone of all logs', 'filtered': "clone of successful logs, the demo's steps",
        'equal': 'clone of successful logs, equal compute', 'trained': 'clone of all logs, then practice'}
 HOW = {'sampled': 1., 'served': 0.}  # temperature
@@ -276,7 +276,7 @@ def markdown(doc: dict) -> str:
     first = records[0]
     rows = [[r['setting'], r['seed'], WHO[x['who']], x['how'], rate(x['success']), rate(x['rare_rule'])] for r in records for x in r['rows']]
     pairs = [[r['setting'], r['seed'], p['before'], p['after'], points(p), p['verdict'].replace('_', ' ')] for r in records
-             for p in [*r['comparisons'], *(r['filter_against_practice'] if r['setting'] == 'plentiful logs' else [])]]
+             for p in [*r['comparisons'], *(r['filter_against_practice'] if r['setting'] != 'few logs' else [])]]
     levels = list(first['rows'][0]['by_difficulty'])
     steps = [[r['setting'], r['seed'], WHO[x['who']], *(f'{100 * x["by_difficulty"][d]["value"]:.0f}' for d in levels)] for r in records for x in r['rows'] if x['how'] == 'served' or x['who'] == 'logs']
     checks = [[c['setting'], c['check'], '; '.join(f'seed {s}: {v["seen"]}' for s, v in c['seeds'].items()), 'met' if c['met'] else '**NOT met**'] for c in doc['checks']]
@@ -294,7 +294,7 @@ def markdown(doc: dict) -> str:
         '## Cost', 'Seconds, wall / CPU over all threads. The rival of equal compute has at least the CPU seconds of cloning all logs and practice together.', stage_table(records),
         table(['setting, seed', 'digits copied right', 'clone minus clerks, sampled'], [[f'{r["setting"]}, {r["seed"]}', f'{100 * r["copies_numbers"]:.1f} %', f'{100 * r["clone_minus_logs"]:+.1f} points'] for r in records]),
         '## Made with', '\n'.join(f'- {m}' for m in machines), f'Settings: `{json.dumps(first["settings"])}`'
-        + (f'; plentiful logs: {SETTINGS["plentiful logs"]}' if len({r['setting'] for r in records}) > 1 else '') + '. Made by `benchmarks/support_desk.py`.']) + '\n'
+        + ''.join(f'; {s}: {d}' for s, d in SETTINGS.items() if d and s in {r['setting'] for r in records}) + '. Made by `benchmarks/support_desk.py`.']) + '\n'
 
 def plot(doc: dict, path: Path) -> None:
     "Success with intervals: a panel for each setting and read-out, a mark for each seed."
@@ -355,7 +355,7 @@ def main() -> None:
     seeds = [int(s) for s in (a.seeds or ('0' if mode == 'quick' else '0,1,2')).split(',')]
     results = a.results or HERE / 'results' / ('' if mode == 'full' else 'tmp')
     for setting in wanted:
-        for seed in seeds if setting == 'few logs' else seeds[:1] if a.settings or 0 in seeds else []:  # plentiful logs: one seed
+        for seed in seeds if setting == 'few logs' else seeds[:1] if a.settings or 0 in seeds else []:  # the others: one seed
             doc = collect(mode, [measure(mode, setting, seed, a.work)], results)
             write(doc, results)
     print('\n'.join(['', *reading(doc), '']))
