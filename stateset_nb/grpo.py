@@ -12,9 +12,9 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['LEVELS', 'KL_KINDS', 'LOSS_TYPES', 'agreeing_groups', 'group_advantages', 'pad_turns', 'returns_to_go',
-           'turn_advantages', 'turns_to_tokens', 'gdpo_advantages', 'selected_logps', 'entropy_from_logits',
-           'sum_and_count', 'mean_metrics', 'log_ratio', 'clipped_surrogate', 'clipped_tokens', 'kl_estimate',
-           'kl_penalty', 'aggregate', 'grpo_loss']
+           'turn_advantages', 'gae_advantages', 'turns_to_tokens', 'gdpo_advantages', 'selected_logps',
+           'entropy_from_logits', 'sum_and_count', 'mean_metrics', 'log_ratio', 'clipped_surrogate', 'clipped_tokens',
+           'cispo_surrogate', 'kl_estimate', 'kl_penalty', 'aggregate', 'grpo_loss']
 
 # %% ../nbs/31_grpo.ipynb #0c935179
 def _reward_rows(rewards: Tensor | Sequence[Sequence[float | None]]) -> Tensor:
@@ -67,7 +67,7 @@ def pad_turns(
     sizes = sorted({len(g) for g in turn_rewards})
     if len(sizes) > 1: raise ValueError(f'groups of {sizes} episodes — expected one size — put None for a failed episode')
     k = max((len(e or ()) for g in turn_rewards for e in g), default=0)
-    rewards = torch.tensor([[[float(v) for v in e or ()] + [0.0] * (k - len(e or ())) for e in g] for g in turn_rewards])
+    rewards = torch.tensor([[[float(v) for v in e or ()] + [0.0] * (k - len(e or ())) for e in g] for g in turn_rewards], dtype=torch.float64)
     return rewards, torch.tensor([[len(e or ()) for e in g] for g in turn_rewards])
 
 # %% ../nbs/31_grpo.ipynb #27a488e8
@@ -102,6 +102,29 @@ def turn_advantages(
         std = (a.square().sum((1, 2)) / (n * k)).sqrt()[:, None, None]
         a = torch.where(std > 0, a / (std + eps), 0)
     return torch.where(played & kept[..., None], a, 0)
+
+# %% ../nbs/31_grpo.ipynb #9ae757f6
+def gae_advantages(
+    turn_rewards: Tensor,  # [P, G, K] reward of each turn; what stands after the end is not read
+    values: Tensor,        # [P, G, K] what was expected from each turn on; what stands after the end is not read
+    n_turns: Tensor,       # [P, G] turns of each episode; 0 where it failed
+    gamma: float = 1.0,    # discount a turn, 0..1
+    lam: float = 0.95,     # 0 trusts the values after one turn, 1 not at all
+    eps: float = 1e-4,     # added to the spread
+    scale: bool = True,    # divide by the spread over all turns of the batch
+) -> Tensor:               # [P, G, K] advantage of each turn; 0 after the end and in failed or unscored (NaN) episodes
+    "How much better each episode went on from a turn than was expected."
+    if turn_rewards.dim() != 3 or values.shape != turn_rewards.shape or n_turns.shape != turn_rewards.shape[:2]:
+        raise ValueError(f'turn_rewards are {list(turn_rewards.shape)}, values {list(values.shape)} and n_turns {list(n_turns.shape)} — expected [P, G, K] twice and [P, G] — see pad_turns')
+    played = torch.arange(turn_rewards.size(-1), device=turn_rewards.device) < n_turns[..., None]
+    r, v = torch.where(played, turn_rewards, 0), torch.where(played, values, 0)
+    surprise = r + gamma * torch.cat([v[..., 1:], torch.zeros_like(v[..., :1])], -1) - v
+    kept = played & ~r.isnan().any(-1, keepdim=True)
+    a = torch.where(kept, returns_to_go(surprise, gamma * lam), 0)
+    if not scale: return a
+    n = kept.sum()
+    std = (torch.where(kept, a - a.sum() / n.clamp(min=1), 0).square().sum() / (n - 1).clamp(min=1)).sqrt()
+    return a / (std + eps)
 
 # %% ../nbs/31_grpo.ipynb #e4175f8f
 def turns_to_tokens(
@@ -251,6 +274,17 @@ def clipped_tokens(
     high = 1 + (epsilon if epsilon_high is None else epsilon_high)
     return (ratio < 1 - epsilon) & (advantages < 0), (ratio > high) & (advantages > 0)
 
+# %% ../nbs/31_grpo.ipynb #e5fc3526
+def cispo_surrogate(
+    logps: Tensor,                # [B, T] log-probabilities under the policy that is trained, nats
+    ratio: Tensor,                # [B, T] or [B, 1] probability now over probability when sampled
+    advantages: Tensor,           # broadcasts against `logps`
+    epsilon_high: float,          # ceiling of the ratio itself, at least 1
+) -> Tensor:                      # [B, T] what to maximise
+    "The gain of CISPO: every token keeps its gradient, and no weight is above a ceiling."
+    if not epsilon_high >= 1: raise ValueError(f'epsilon_high={epsilon_high} — for cispo it is the ceiling of the ratio itself, at least 1, or it shrinks every gradient — try 5')
+    return ratio.detach().clamp(max=epsilon_high) * advantages * logps
+
 # %% ../nbs/31_grpo.ipynb #8f7a128a
 KL_KINDS = ('k1', 'k2', 'k3')
 
@@ -278,7 +312,7 @@ def kl_penalty(
     return kl_estimate(logps, ref_logps, kind) * (ratio.detach() if kind == 'k2' else ratio)
 
 # %% ../nbs/31_grpo.ipynb #7078c784
-LOSS_TYPES = ('grpo', 'bnpo', 'dapo', 'dr_grpo')
+LOSS_TYPES = ('grpo', 'bnpo', 'dapo', 'dr_grpo', 'cispo')
 
 def aggregate(
     per_token_loss: Tensor,                  # [B, T]; what stands where the mask is 0 is not read
@@ -294,7 +328,7 @@ def aggregate(
     n = len(m) if n_sequences is None else n_sequences
     if kind == 'grpo': return (rows / m.sum(-1).clamp(min=1)).sum() / n
     if kind == 'bnpo': return rows.sum() / m.sum().clamp(min=1) * (len(m) / n)
-    if kind == 'dapo': return rows.sum() / (m.sum().clamp(min=1) if n_tokens is None else n_tokens)
+    if kind in ('dapo', 'cispo'): return rows.sum() / (m.sum().clamp(min=1) if n_tokens is None else n_tokens)
     if kind != 'dr_grpo': raise ValueError(f'kind={kind!r} — expected one of {", ".join(LOSS_TYPES)}')
     if max_completion_length is None: raise ValueError('dr_grpo divides by max_completion_length — got None — pass the limit that sampling had')
     return rows.sum() / (n * max_completion_length)
@@ -313,6 +347,18 @@ def _keep(x: Tensor, m: Tensor) -> Tensor:
     return torch.where(m, x.to(torch.promote_types(x.dtype, torch.float32)), 0)
 
 # %% ../nbs/31_grpo.ipynb #9bb8f2ad
+def _gain(
+    lp: Tensor, ratio: Tensor, adv: Tensor, loss_type: str, epsilon: float, epsilon_high: float | None, delta: float | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    "What to maximise, and which tokens were clipped, by the name of the metric."
+    if loss_type == 'cispo':
+        if delta is not None: raise ValueError(f'delta={delta} — cispo has one ceiling for both signs, epsilon_high — leave delta out')
+        if epsilon_high is None: raise ValueError('cispo without epsilon_high — expected a ceiling of the ratio, at least 1 — try 5')
+        return cispo_surrogate(lp, ratio, adv, epsilon_high), {'cispo_clip_ratio': (ratio > epsilon_high) & (adv > 0)}
+    low, high = clipped_tokens(ratio, adv, epsilon, epsilon_high)
+    return clipped_surrogate(ratio, adv, epsilon, epsilon_high, delta), {'clip_ratio/low_mean': low, 'clip_ratio/high_mean': high, 'clip_ratio/region_mean': low | high}
+
+# %% ../nbs/31_grpo.ipynb #19fd4f65
 def grpo_loss(
     logps: Tensor,              # [B, T] log-probabilities under the policy that is trained, nats
     old_logps: Tensor | None,   # [B, T] under the policy that sampled; None when the weights have not moved since
@@ -320,8 +366,8 @@ def grpo_loss(
     advantages: Tensor,         # [B] one per sequence, or [B, T] one per token
     mask: Tensor,               # [B, T] 1 where the policy sampled the token
     *,
-    epsilon: float = 0.2,                # how far the ratio may fall below 1
-    epsilon_high: float | None = None,   # how far it may rise above 1; None takes `epsilon`
+    epsilon: float = 0.2,                # how far the ratio may fall below 1; cispo has no floor
+    epsilon_high: float | None = None,   # how far it may rise above 1; None takes `epsilon`. For cispo the ceiling of the ratio itself
     beta: float = 0.0,                   # weight of the distance from the reference
     kl: str = 'k3',                      # one of `KL_KINDS`
     use_bias_correction_kl: bool = True, # multiply by the ratio, for the true gradient (`kl_penalty`)
@@ -340,10 +386,10 @@ def grpo_loss(
     lp = _keep(logps, m)
     old = lp.detach() if old_logps is None else _keep(old_logps, m).detach()
     ratio = log_ratio(lp, old, m, level).exp()
-    loss = -clipped_surrogate(ratio, adv, epsilon, epsilon_high, delta).expand_as(lp)
-    low, high = clipped_tokens(ratio, adv, epsilon, epsilon_high)
+    gain, clipped = _gain(lp, ratio, adv, loss_type, epsilon, epsilon_high, delta)
+    loss = -gain.expand_as(lp)
     counts = m if level == 'token' else m.any(-1, keepdim=True)
-    metrics = {f'clip_ratio/{k}_mean': sum_and_count(v.to(lp.dtype), counts) for k, v in (('low', low), ('high', high), ('region', low | high))}
+    metrics = {name: sum_and_count(v.to(lp.dtype), counts) for name, v in clipped.items()}
     if ref_logps is not None:
         ref, rho = _keep(ref_logps, m).detach(), log_ratio(lp, old, m).exp()
         term = kl_penalty(lp, ref, rho, kl) if use_bias_correction_kl else kl_estimate(lp, ref, kl)

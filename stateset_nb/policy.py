@@ -740,16 +740,17 @@ def sequence_logps(
     ids: Tensor,              # [B, T] token ids, padded on the right with anything
     mask: Tensor,             # [B, T] 1 where a log-probability is wanted; column 0 cannot be
     temperature: float = 1.0, # logits are divided by it, as in sampling
-) -> tuple[Tensor, Tensor]:   # (log-probabilities, entropies), each [B, T] in float32, nats, 0 where mask is 0
+) -> tuple[Tensor, Tensor]:   # (log-probabilities, entropies), each [B, T] in float32 or better, nats, 0 where mask is 0
     "Log-probability of each chosen token given those before it, and the entropy there."
     if bool(mask[:, 0].any()): raise DataError('the first token of a row is in the mask — nothing precedes it, so it has no probability; start the mask at column 1')
     ids, want = ids.to(policy.device), mask.to(policy.device).bool()
     hidden = policy.model.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
-    z = policy.model.get_output_embeddings()(hidden[want[:, 1:]]).float() / temperature
+    z = policy.model.get_output_embeddings()(hidden[want[:, 1:]])
+    z = z.to(torch.promote_types(z.dtype, torch.float32)) / temperature
     logp = torch.log_softmax(z, -1)
     chosen = logp.gather(-1, ids[want][:, None]).squeeze(-1)
     entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
-    zero = torch.zeros(ids.shape, device=policy.device)
+    zero = torch.zeros(ids.shape, dtype=z.dtype, device=policy.device)
     return zero.masked_scatter(want, chosen), zero.masked_scatter(want, entropy)
 
 # %% ../nbs/01_policy.ipynb #872bc712

@@ -4,29 +4,30 @@
 
 # %% ../nbs/32_trainers.ipynb #0497fb08
 from __future__ import annotations
-import asyncio, copy, json, math, os, re, shutil, threading, time
+import asyncio, copy, html, json, math, os, re, shutil, threading, time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .core import ConfigError, DataError, NotTrained, Record, Scenario, StateSetError, TrajectoryGroup, check_keys, progress_bar, run_sync, stream, write_text
+from .core import ConfigError, DataError, NotTrained, Record, Scenario, Segment, StateSetError, Trajectory, TrajectoryGroup, check_keys, progress_bar, run_sync, stream, write_text
 from .policy import Policy, check_head, load_policy, new_folder, pad_rows, save_policy, sequence_logps
 from .agents import Agent, PolicyBackend
 from .rewards import RewardFunction
 from .environments import ConversationEnvironment, Environment, rollouts
-from .grpo import KL_KINDS, LOSS_TYPES, agreeing_groups, group_advantages, grpo_loss, mean_metrics, pad_turns, sum_and_count, turn_advantages
+from .grpo import KL_KINDS, LOSS_TYPES, agreeing_groups, gae_advantages, group_advantages, grpo_loss, mean_metrics, pad_turns, returns_to_go, sum_and_count, turn_advantages
 
 # %% auto #0
-__all__ = ['TrainingConfig', 'TrainingProfile', 'TrainingRun', 'credit', 'Row', 'make_rows', 'micro_batches', 'backward',
-           'play_metrics', 'last_checkpoint', 'TrainerCallback', 'pick_scenarios', 'learning_rate_at', 'learn',
-           'RunLog', 'MultiTurnGRPOTrainer', 'SingleTurnGRPOTrainer']
+__all__ = ['R', 'TrainingConfig', 'TrainingProfile', 'TrainingRun', 'credit', 'Row', 'make_rows', 'micro_batches', 'backward',
+           'turn_features', 'ValueHead', 'CreditView', 'show_credit', 'play_metrics', 'last_checkpoint',
+           'TrainerCallback', 'pick_scenarios', 'learning_rate_at', 'learn', 'RunLog', 'MultiTurnGRPOTrainer',
+           'SingleTurnGRPOTrainer']
 
 # %% ../nbs/32_trainers.ipynb #b9572998
 _Rule = tuple[Callable[[Any], bool], str]  # what a value may be: asked, and said
@@ -44,13 +45,13 @@ def _in_range(name: str, v: Any, rule: _Rule) -> None:
 _RANGES: dict[str, _Rule] = {
     **dict.fromkeys('num_episodes prompts_per_step max_completion_length max_turns num_iterations micro_batch_tokens rollout_limit save_total_limit'.split(), _count),
     'num_generations': (lambda v: isinstance(v, int) and v >= 2, 'a whole number, at least 2: advantages compare siblings'),
-    **dict.fromkeys('temperature learning_rate max_grad_norm epsilon epsilon_high'.split(), _positive),
+    **dict.fromkeys('temperature learning_rate value_learning_rate max_grad_norm epsilon epsilon_high'.split(), _positive),
     **dict.fromkeys('warmup_steps seed eval_steps save_steps'.split(), _whole),
     **dict.fromkeys('weight_decay beta'.split(), _nonneg),
-    'gamma': (lambda v: 0 <= v <= 1, 'from 0 to 1')}
+    **dict.fromkeys(('gamma', 'gae_lambda'), (lambda v: 0 <= v <= 1, 'from 0 to 1'))}
 _CHOICES: dict[str, Sequence[Any]] = {
     'scale_rewards': (True, False), 'mask_truncated_completions': (True, False), 'lr_scheduler_type': ('constant', 'linear', 'cosine'),
-    'loss_type': LOSS_TYPES, 'importance_sampling_level': ('token', 'sequence'), 'kl': KL_KINDS, 'turn_credit': ('outcome', 'turn')}
+    'loss_type': LOSS_TYPES, 'importance_sampling_level': ('token', 'sequence'), 'kl': KL_KINDS, 'turn_credit': ('outcome', 'turn', 'gae')}
 
 # %% ../nbs/32_trainers.ipynb #e9f73c4b
 @dataclass(frozen=True)
@@ -68,15 +69,17 @@ class TrainingConfig(Record):
     weight_decay: float = 0.0         # of AdamW
     max_grad_norm: float = 1.0        # longer gradients are shortened to this
     num_iterations: int = 1           # updates on each round's episodes
-    loss_type: str = 'dapo'           # 'grpo', 'bnpo', 'dapo' or 'dr_grpo': how tokens are averaged
+    loss_type: str = 'dapo'           # 'grpo', 'bnpo', 'dapo', 'dr_grpo' or 'cispo': how tokens are averaged, and for 'cispo' how they are weighed
     importance_sampling_level: str = 'token'  # ratio of each 'token' or of the whole 'sequence'
     scale_rewards: bool = True        # divide advantages by the group's spread
     epsilon: float = 0.2              # how far the ratio may fall below 1
-    epsilon_high: float = 0.28        # how far it may rise above 1
+    epsilon_high: float = 0.28        # how far it may rise above 1; for 'cispo' the highest ratio itself, e.g. 5
     beta: float = 0.0                 # weight of the distance from the reference policy; 0 keeps no reference
     kl: str = 'k3'                    # how that distance is estimated
-    turn_credit: str = 'outcome'      # 'outcome': the episode's return for every turn; 'turn': what follows each turn
-    gamma: float = 1.0                # discount a turn, for turn_credit='turn'
+    turn_credit: str = 'outcome'      # 'outcome': the episode's return for every turn; 'turn': what follows each turn, against the siblings; 'gae': the same against a value head
+    gamma: float = 1.0                # discount a turn, for turn_credit='turn' and 'gae'
+    gae_lambda: float = 0.95          # how far 'gae' looks before it trusts the value head; 1 looks to the end
+    value_learning_rate: float = 1e-2 # of Adam on the value head, for 'gae'
     mask_truncated_completions: bool = False  # learn nothing from episodes that were cut; they still count in the baseline
     micro_batch_tokens: int = 8192    # padded tokens of one forward and backward pass
     rollout_limit: int = 256          # episodes in flight
@@ -89,6 +92,7 @@ class TrainingConfig(Record):
         for name, rule in _RANGES.items(): _in_range(name, self.__dict__[name], rule)
         for name, kinds in _CHOICES.items():
             if self.__dict__[name] not in kinds: raise ConfigError(f'{name}={self.__dict__[name]!r} — expected one of {", ".join(map(str, kinds))}')
+        if self.loss_type == 'cispo' and self.epsilon_high < 1: raise ConfigError(f"epsilon_high={self.epsilon_high} — loss_type='cispo' takes it as the highest ratio itself, at least 1 — try epsilon_high=5")
 
     @classmethod
     def from_profile(
@@ -165,16 +169,19 @@ class TrainingRun:
 def credit(
     groups: Sequence[TrajectoryGroup],  # P groups of G episodes
     config: TrainingConfig,             # how credit is given
+    values: Sequence[Tensor] = (),      # for 'gae': [K] of each episode, group after group: what was expected before each turn
 ) -> list[list[Tensor]]:                # [P][G] one advantage per turn of the episode
     "The advantage of every turn of every episode; a failed episode has none."
-    failed = [[t.error is not None for t in g.trajectories] for g in groups]
-    turns = [[list(t.turn_rewards) for t in g.trajectories] for g in groups]
-    if config.turn_credit == 'turn':
-        rewards, n = pad_turns([[None if bad else r for bad, r in zip(*z)] for z in zip(failed, turns)])
-        adv = turn_advantages(rewards, n, config.gamma, scale=config.scale_rewards)
-        return [[adv[p, g, :len(turns[p][g])] for g in range(len(turns[p]))] for p in range(len(groups))]
-    one = group_advantages([list(g.rewards) for g in groups], scale=config.scale_rewards)
-    return [[one[p, g].expand(len(turns[p][g])) for g in range(len(turns[p]))] for p in range(len(groups))]
+    turns = [[len(t.turn_rewards) for t in g.trajectories] for g in groups]
+    if config.turn_credit == 'outcome':
+        one = group_advantages(torch.tensor([[math.nan if r is None else r for r in g.rewards] for g in groups], dtype=torch.float64), scale=config.scale_rewards)
+        return [[one[p, g].expand(k) for g, k in enumerate(row)] for p, row in enumerate(turns)]
+    rewards, n = pad_turns([[None if t.error else t.turn_rewards for t in g.trajectories] for g in groups])
+    if config.turn_credit == 'turn': adv = turn_advantages(rewards, n, config.gamma, scale=config.scale_rewards)
+    else:
+        expected = nn.utils.rnn.pad_sequence([v[:rewards.size(-1)] for v in values], batch_first=True)
+        adv = gae_advantages(rewards, nn.functional.pad(expected, (0, rewards.size(-1) - expected.size(-1))).view_as(rewards), n, config.gamma, config.gae_lambda, scale=config.scale_rewards)
+    return [[adv[p, g, :k] for g, k in enumerate(row)] for p, row in enumerate(turns)]
 
 # %% ../nbs/32_trainers.ipynb #11698c8d
 @dataclass(frozen=True)
@@ -189,10 +196,11 @@ class Row:
 def make_rows(
     groups: Sequence[TrajectoryGroup],  # P groups of G episodes
     config: TrainingConfig,             # how credit is given
+    values: Sequence[Tensor] = (),      # for 'gae', as in `credit`
 ) -> list[Row]:                         # a row for each segment
     "Token rows with their advantages; every token of a turn has that turn's."
     rows = []
-    for g, advs in zip(groups, credit(groups, config)):
+    for g, advs in zip(groups, credit(groups, config, values)):
         for t, adv in zip(g.trajectories, advs):
             turn = iter(adv.tolist())
             for s in t.segments:
@@ -203,12 +211,15 @@ def make_rows(
     return rows
 
 # %% ../nbs/32_trainers.ipynb #9d94c704
+R = TypeVar('R', Row, Segment)
+
+# %% ../nbs/32_trainers.ipynb #277ff548
 def micro_batches(
-    rows: Sequence[Row],  # in any order
-    max_tokens: int,      # padded tokens of a batch; a longer row stands alone
-) -> list[list[Row]]:     # rows of like length together, longest first
+    rows: Sequence[R],  # rows, or segments, in any order
+    max_tokens: int,    # padded tokens of a batch; a longer row stands alone
+) -> list[list[R]]:     # rows of like length together, longest first
     "Rows cut into batches that waste little on padding."
-    res: list[list[Row]] = []
+    res: list[list[R]] = []
     for r in sorted(rows, key=lambda r: -len(r.ids)):
         if res and (len(res[-1]) + 1) * len(res[-1][0].ids) <= max_tokens: res[-1].append(r)
         else: res.append([r])
@@ -234,7 +245,7 @@ def backward(
     "Loss and gradient of one micro-batch."
     ids, mask = pad_rows([r.ids for r in rows]), pad_rows([r.mask for r in rows])
     logps, entropy = sequence_logps(policy, ids, mask, config.temperature)
-    adv = pad_rows([r.advantages for r in rows], dtype=torch.float32).to(logps.device)
+    adv = pad_rows([r.advantages for r in rows], dtype=logps.dtype).to(logps.device)
     mask = mask.to(logps.device)
     ref = None
     if reference is not None:
@@ -249,6 +260,80 @@ def backward(
     played = pad_rows([r.logps for r in rows], dtype=torch.float32).to(logps.device)
     metrics |= {'entropy': sum_and_count(entropy, mask), 'sampling/sampling_logp_difference/mean': sum_and_count((logps.detach() - played).abs(), mask)}
     return loss.item(), metrics, [lp[:len(r.ids)] for lp, r in zip(logps.detach(), rows)]
+
+# %% ../nbs/32_trainers.ipynb #8059eb75
+@torch.no_grad()
+def turn_features(
+    policy: Policy,                    # whose hidden states
+    trajectories: Sequence[Trajectory],  # with their tokens
+    max_tokens: int,                   # padded tokens of one pass
+) -> list[Tensor]:                     # [K, D] of each trajectory, float32: the state before each of its K turns
+    "What the policy knows just before each of its turns."
+    at: dict[int, Tensor] = {}
+    for batch in micro_batches([s for t in trajectories for s in t.segments], max_tokens):
+        hidden = policy.model.base_model(input_ids=pad_rows([s.ids for s in batch]).to(policy.device), use_cache=False).last_hidden_state
+        at |= {id(s): h[[lo - 1 for lo, _ in s.turn_spans]].float().cpu() for s, h in zip(batch, hidden)}
+    size = policy.model.config.get_text_config().hidden_size
+    return [torch.cat([torch.zeros(0, size), *(at[id(s)] for s in t.segments)]) for t in trajectories]
+
+# %% ../nbs/32_trainers.ipynb #d8c548f5
+class ValueHead:
+    "What an episode still earns, read off the policy's hidden state: a linear layer and its Adam."
+    def __init__(
+        self,
+        size: int,                    # D, of the hidden state
+        learning_rate: float = 1e-2,  # of Adam
+    ) -> None:
+        self.layer = nn.Linear(size, 1)
+        nn.init.zeros_(self.layer.weight); nn.init.zeros_(self.layer.bias)
+        self.optimizer = torch.optim.Adam(self.layer.parameters(), learning_rate)
+
+    def expect(
+        self,
+        features: Tensor,  # [K, D]
+    ) -> Tensor:           # [K]
+        "What is still to be earned."
+        return self.layer(nn.functional.layer_norm(features, features.shape[-1:])).squeeze(-1)
+
+    def fit(
+        self,
+        features: Tensor,  # [N, D]
+        returns: Tensor,   # [N] what was earned
+        steps: int = 10,   # of Adam
+    ) -> float:            # mean squared error before these steps
+        "Learn from what was earned."
+        errors = []
+        for _ in range(steps):
+            loss = (self.expect(features) - returns).square().mean()
+            self.optimizer.zero_grad(); loss.backward(); self.optimizer.step()
+            errors.append(loss.item())
+        return errors[0]
+
+# %% ../nbs/32_trainers.ipynb #06e8ba4e
+@dataclass(frozen=True)
+class CreditView:
+    "A row token by token, coloured by advantage; shown by a notebook."
+    tokens: tuple[str, ...]        # T texts
+    mask: tuple[int, ...]          # T, 1 where learnt from
+    advantages: tuple[float, ...]  # T
+
+    def _repr_html_(self) -> str:
+        top = max((abs(a) for a in self.advantages), default=0) or 1.
+        def tint(a: float) -> str: return f'background:rgba({"34,118,61" if a > 0 else "179,38,30" if a < 0 else "120,120,120"},{.12 + .5 * abs(a) / top:.2f})'
+        def token(t: str, m: int, a: float) -> str:
+            text = html.escape(t).replace('\n', '↵')
+            return f'<span title="advantage {a:+.3f}" style="{tint(a)};border-radius:3px;padding:0 1px">{text}</span>' if m else f'<span style="color:#888">{text}</span>'
+        legend = ''.join(f'<span style="{tint(a)};padding:0 .5em;margin-right:.5em">{a:+.2f}</span>' for a in (-top, 0., top))
+        return (f'<div style="max-width:46em;line-height:1.9"><small>{legend}<span style="color:#888">grey: given, not learnt from</span></small><br>'
+                + '<wbr>'.join(map(token, self.tokens, self.mask, self.advantages)) + '</div>')
+
+# %% ../nbs/32_trainers.ipynb #ba387e5f
+def show_credit(
+    row: Row,        # what the update sees of a segment
+    tokenizer: Any,  # the policy's; reads single tokens
+) -> CreditView:     # shown by a notebook
+    "Which tokens of a conversation got which advantage."
+    return CreditView(tuple(tokenizer.decode([i]) for i in row.ids), row.mask, row.advantages)
 
 # %% ../nbs/32_trainers.ipynb #70e3ff3b
 def play_metrics(
@@ -285,6 +370,21 @@ def _load_optimizer(opt: torch.optim.Optimizer, folder: Path) -> None:
             state.setdefault(int(i), {})[k] = v.clone()
         opt.load_state_dict({'state': state, 'param_groups': opt.state_dict()['param_groups']})
     except (OSError, ValueError, SafetensorError) as e: raise DataError(f'{folder}/optimizer.safetensors cannot be read: {e} — take an earlier checkpoint') from None
+
+# %% ../nbs/32_trainers.ipynb #8a8ec6e5
+def _save_head(head: ValueHead, folder: Path) -> None:
+    "The layer and the moments of its Adam."
+    from safetensors.torch import save_file
+    folder.mkdir()
+    save_file(head.layer.state_dict(), folder / 'layer.safetensors')
+    _save_optimizer(head.optimizer, folder)
+
+def _load_head(head: ValueHead, folder: Path) -> None:
+    "Put layer and moments back; raises `DataError` where they cannot be read."
+    from safetensors.torch import load_file
+    try: head.layer.load_state_dict(load_file(folder / 'layer.safetensors'))
+    except (OSError, RuntimeError, SafetensorError) as e: raise DataError(f'{folder}/layer.safetensors cannot be read: {e} — take an earlier checkpoint') from None
+    _load_optimizer(head.optimizer, folder)
 
 # %% ../nbs/32_trainers.ipynb #9dc88b88
 def _checkpoints(folder: Path) -> dict[int, Path]:
@@ -342,6 +442,18 @@ def _move(policy: Policy, optimizer: torch.optim.Optimizer, rate: float, max_nor
     optimizer.step(); optimizer.zero_grad(set_to_none=True)
     return norm
 
+# %% ../nbs/32_trainers.ipynb #afc834b6
+def _learn_values(policy: Policy, head: ValueHead, groups: Sequence[TrajectoryGroup], c: TrainingConfig) -> tuple[list[Tensor], dict[str, float]]:
+    "What was expected before each turn of each episode; then the head learns what came."
+    ts = [t for g in groups for t in g.trajectories]
+    features = turn_features(policy, ts, c.micro_batch_tokens)
+    with torch.no_grad(): values = [head.expect(f) for f in features]
+    ok = [i for i, t in enumerate(ts) if not t.error and len(t.turn_rewards)]
+    came = torch.cat([returns_to_go(torch.tensor(ts[i].turn_rewards), c.gamma) for i in ok])
+    missed = came - torch.cat([values[i] for i in ok])
+    loss = head.fit(torch.cat([features[i] for i in ok]), came)
+    return values, {'value/loss': loss} | ({'value/explained_variance': 1 - (missed.var() / came.var()).item()} if len(came) > 1 and came.var() > 0 else {})
+
 # %% ../nbs/32_trainers.ipynb #c2afe105
 def learn(
     policy: Policy,                      # its weights are moved
@@ -350,11 +462,13 @@ def learn(
     groups: Sequence[TrajectoryGroup],   # the episodes of a round
     config: TrainingConfig,              # the loss
     step: int = 0,                       # the round, from 0; for the schedule
+    head: ValueHead | None = None,       # for turn_credit='gae'; it learns too
 ) -> dict[str, float]:                   # loss, gradient, distances
-    "Move the weights by what the siblings' comparison says."
-    rows = [r for r in make_rows(groups, config) if any(r.mask)]
+    "Move the weights by what the comparison says, with siblings or with what was expected."
+    values, seen = ([], {}) if head is None else _learn_values(policy, head, groups, config)
+    rows = [r for r in make_rows(groups, config, values) if any(r.mask)]
     n_sequences, n_tokens = max(len(rows), 1), max(sum(sum(r.mask) for r in rows), 1)
-    todo = [r for r in rows if config.beta or any(r.advantages)]
+    todo = [r for r in rows if config.beta or config.loss_type == 'bnpo' or any(r.advantages)]  # bnpo divides by the tokens at hand, so it must see them all
     old: dict[int, Tensor] = {}
     res: dict[str, float] = {}
     policy.model.train()
@@ -366,7 +480,7 @@ def learn(
             parts.append(metrics); total += loss
         res = mean_metrics(parts) | {'loss': total, 'grad_norm': _move(policy, optimizer, learning_rate_at(step, config), config.max_grad_norm)}
     policy.model.eval(); policy.updated()
-    return res
+    return res | seen
 
 # %% ../nbs/32_trainers.ipynb #af7f5602
 def _drop_after(file: Path, step: int) -> None:
@@ -445,7 +559,7 @@ def _check_same(path: Any, then: dict[str, Any], now: dict[str, Any], allow: Seq
 class _Resumable:
     "A trainer's checkpoints."
     agent: Agent; config: TrainingConfig; settings: TrainingConfig; step: int; log: RunLog | None
-    policy: Policy | None; reference: Policy | None; optimizer: torch.optim.Optimizer
+    policy: Policy | None; reference: Policy | None; head: ValueHead | None; optimizer: torch.optim.Optimizer
 
     async def initialize(self) -> None:
         "Load the policy, and make optimizer and reference."
@@ -453,18 +567,20 @@ class _Resumable:
         policy, c = self.agent.policy, self.config
         check_head(policy)
         self.policy, self.reference = policy, Policy(copy.deepcopy(policy.model), policy.tokenizer, policy.format, 'reference') if c.beta else None
+        self.head = ValueHead(policy.model.config.get_text_config().hidden_size, c.value_learning_rate) if c.turn_credit == 'gae' else None
         self.optimizer = torch.optim.AdamW(policy.model.parameters(), c.learning_rate, weight_decay=c.weight_decay)
 
     def save_checkpoint(
         self,
         path: str | os.PathLike[str],  # a folder
     ) -> Path:                         # where it stands
-        "Write policy, optimizer and step."
+        "Write policy, optimizer, value head and step."
         if self.policy is None: raise NotTrained('there is nothing to save yet — await trainer.initialize() first')
         with new_folder(path) as tmp:
             save_policy(self.policy, tmp / 'policy')
             if self.reference is not None: save_policy(self.reference, tmp / 'reference')
             _save_optimizer(self.optimizer, tmp)
+            if self.head is not None: _save_head(self.head, tmp / 'value_head')
             (tmp / 'trainer.json').write_text(json.dumps({'schema': 1, 'step': self.step, 'config': self.config.to_dict(), 'settings': self.settings.to_dict()}))
         return Path(path)
 
@@ -482,6 +598,7 @@ class _Resumable:
         await self.initialize()
         if self.reference is not None: self.reference = load_policy(Path(path) / 'reference', str(policy.device))
         _load_optimizer(self.optimizer, Path(path))
+        if self.head is not None: _load_head(self.head, Path(path) / 'value_head')
         self.step, self.settings = about['step'], TrainingConfig.from_dict(about['settings'] | {k: now[k] for k in allow})
         if self.log is not None: self.log.keep(self.step)
 
@@ -511,7 +628,7 @@ class _Rounds(_Resumable):
         times = [time.perf_counter()]
         groups = await self.play()
         times.append(time.perf_counter())
-        metrics = play_metrics(groups) | learn(policy, self.reference, self.optimizer, groups, self.settings, self.step)
+        metrics = play_metrics(groups) | learn(policy, self.reference, self.optimizer, groups, self.settings, self.step, self.head)
         times.append(time.perf_counter())
         metrics |= {'learning_rate': learning_rate_at(self.step, self.settings), 'time/rollout': times[1] - times[0], 'time/update': times[2] - times[1]} | {f'knobs/{k}': v for k, v in turned.items()}
         self.step += 1

@@ -12,6 +12,8 @@ seeds = st.integers(0, 2**32 - 1)
 NAN, INF = math.nan, math.inf
 GLOBAL = [k for k in LOSS_TYPES if k != 'bnpo']
 
+def fit(kind, **kw): return dict(loss_type=kind, max_completion_length=16) | kw | (dict(epsilon_high=1.2, delta=None) if kind == 'cispo' else {})
+
 
 def batch(seed, B=6, T=9, per_token=False, moved=.3):
     "A batch in which every row has a token: log-probs, old, reference, advantages, mask."
@@ -142,7 +144,7 @@ def test_a_failed_or_unscored_episode_changes_nothing_for_the_others(rows):
 @given(st.integers(2, 8).flatmap(lambda n: st.lists(st.floats(-10, 10, width=32), min_size=n, max_size=n)), st.integers(1, 4))
 def test_an_outcome_only_reward_gives_every_turn_the_same(row, k):
     a = turn_advantages(*pad_turns([[[0.] * (k - 1) + [v] for v in row]]))
-    torch.testing.assert_close(a, group_advantages([row])[..., None].expand_as(a), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(a, group_advantages([row])[..., None].expand_as(a), rtol=1e-4, atol=1e-5, check_dtype=False)
 
 
 def test_returns_to_go_is_not_an_integer_division():
@@ -221,14 +223,14 @@ def test_k2_and_k3_are_never_negative(lp, ref):
 # --- the loss ---
 
 options = st.fixed_dictionaries(dict(loss_type=st.sampled_from(LOSS_TYPES), level=st.sampled_from(LEVELS), beta=st.sampled_from([0., .1]),
-                                     kl=st.sampled_from(['k1', 'k2', 'k3']), epsilon_high=st.sampled_from([None, .28]), delta=st.sampled_from([None, 2.])))
+                                     kl=st.sampled_from(['k1', 'k2', 'k3']), epsilon_high=st.sampled_from([None, .28]), delta=st.sampled_from([None, 2.]))).map(lambda o: fit(o.pop('loss_type'), **o))
 
 @given(seeds, options, st.integers(0, 5), st.integers(0, 5))
 def test_padding_on_either_side_changes_nothing(seed, kw, left, right):
     lp, old, ref, adv, mask = batch(seed)
     def pad(x, v): return torch.nn.functional.pad(x, (left, right), value=v)
-    a, ga, ma = loss_and_grad(lp, old, ref, adv, mask, max_completion_length=16, **kw)
-    b, gb, mb = loss_and_grad(pad(lp, NAN), pad(old, INF), pad(ref, -INF), adv, pad(mask, 0.), max_completion_length=16, **kw)
+    a, ga, ma = loss_and_grad(lp, old, ref, adv, mask, **kw)
+    b, gb, mb = loss_and_grad(pad(lp, NAN), pad(old, INF), pad(ref, -INF), adv, pad(mask, 0.), **kw)
     check_same(b, a, size=ga.abs().sum()); check_same(gb, pad(ga, 0.))
     assert (gb[:, :left] == 0).all() and (gb[:, left + lp.size(1):] == 0).all()
     assert mean_metrics([ma]) == pytest.approx(mean_metrics([mb]), rel=1e-5, abs=1e-6)
@@ -238,15 +240,15 @@ def test_padding_on_either_side_changes_nothing(seed, kw, left, right):
 def test_the_order_of_rows_changes_nothing(seed, kw):
     parts = batch(seed)
     order = torch.randperm(len(parts[0]), generator=torch.Generator().manual_seed(seed))
-    a, ga, _ = loss_and_grad(*parts, max_completion_length=16, **kw)
-    b, gb, _ = loss_and_grad(*(x[order] for x in parts), max_completion_length=16, **kw)
+    a, ga, _ = loss_and_grad(*parts, **kw)
+    b, gb, _ = loss_and_grad(*(x[order] for x in parts), **kw)
     check_same(b, a, size=ga.abs().sum()); check_same(gb, ga[order])
 
 
 @given(seeds, options.filter(lambda o: o['loss_type'] in GLOBAL), st.sampled_from([(1, 1, 1, 1, 1, 1), (2, 4), (3, 3), (5, 1), (1, 2, 3)]), st.booleans())
 def test_the_cut_into_micro_batches_changes_nothing(seed, kw, sizes, per_token):
     parts = batch(seed, per_token=per_token and kw['level'] == 'token')
-    kw = kw | dict(n_sequences=6, n_tokens=parts[-1].sum(), max_completion_length=16)
+    kw = kw | dict(n_sequences=6, n_tokens=parts[-1].sum())
     a, ga, ma = loss_and_grad(*parts, **kw)
     cut = [loss_and_grad(*micro, **kw) for micro in zip(*(x.split(sizes) for x in parts))]
     check_same(sum(c[0] for c in cut), a, size=ga.abs().sum())
@@ -259,18 +261,18 @@ def test_rubbish_outside_the_mask_has_exactly_no_gradient(seed, kw):
     lp, old, ref, adv, mask = batch(seed)
     out = mask == 0
     lp2, old2, ref2 = lp.masked_fill(out, NAN), old.masked_fill(out, INF), ref.masked_fill(out, -INF)
-    a, ga, _ = loss_and_grad(lp, old, ref, adv, mask, max_completion_length=16, **kw)
-    b, gb, _ = loss_and_grad(lp2, old2, ref2, adv, mask, max_completion_length=16, **kw)
+    a, ga, _ = loss_and_grad(lp, old, ref, adv, mask, **kw)
+    b, gb, _ = loss_and_grad(lp2, old2, ref2, adv, mask, **kw)
     assert torch.equal(a, b) and torch.equal(ga, gb) and (gb[out] == 0).all() and gb.isfinite().all()
     if kw['level'] == 'token':
-        c, gc, _ = loss_and_grad(lp2, old2, ref2, adv[:, None].expand_as(lp).masked_fill(out, NAN), mask.bool(), max_completion_length=16, **kw)
+        c, gc, _ = loss_and_grad(lp2, old2, ref2, adv[:, None].expand_as(lp).masked_fill(out, NAN), mask.bool(), **kw)
         assert torch.equal(a, c) and torch.equal(ga, gc)
 
 
 @given(seeds, st.sampled_from(LOSS_TYPES))
 def test_on_policy_the_gradient_is_the_policy_gradient(seed, kind):
     lp, _, _, adv, mask = batch(seed)
-    _, ga, metrics = loss_and_grad(lp, None, None, adv, mask, loss_type=kind, max_completion_length=16)
+    _, ga, metrics = loss_and_grad(lp, None, None, adv, mask, **fit(kind))
     x = lp.clone().requires_grad_()
     plain, = torch.autograd.grad(aggregate(-adv[:, None] * x, mask, kind, max_completion_length=16), x)
     check_same(ga, plain)
@@ -288,10 +290,19 @@ def test_a_row_without_tokens_is_no_division_by_zero():
     mask[0] = 0
     for kind in LOSS_TYPES:
         for level in LEVELS:
-            a, ga, metrics = loss_and_grad(lp, old, ref, adv, mask, loss_type=kind, level=level, max_completion_length=16)
+            a, ga, metrics = loss_and_grad(lp, old, ref, adv, mask, level=level, **fit(kind))
             assert a.isfinite() and (ga[0] == 0).all()
-            assert metrics['clip_ratio/low_mean'][1] == (mask.sum() if level == 'token' else 5)
-        assert loss_and_grad(lp, old, ref, adv, mask * 0, loss_type=kind, max_completion_length=16)[0] == 0
+            assert metrics['cispo_clip_ratio' if kind == 'cispo' else 'clip_ratio/low_mean'][1] == (mask.sum() if level == 'token' else 5)
+        assert loss_and_grad(lp, old, ref, adv, mask * 0, **fit(kind))[0] == 0
+
+
+def test_cispo_weighs_the_policy_gradient_and_never_silences_a_token():
+    lp, old, _, adv, mask = batch(2, moved=2.)
+    _, ga, metrics = loss_and_grad(lp, old, None, adv, mask, loss_type='cispo', epsilon_high=1.5)
+    check_same(ga, -(lp - old).exp().clamp(max=1.5) * adv[:, None] * mask / mask.sum())
+    assert (ga[mask.bool()] != 0).all() and 0 < mean_metrics([metrics])['cispo_clip_ratio'] < 1
+    for wrong in (dict(epsilon_high=.28), dict(), dict(epsilon_high=5., delta=6.)):
+        with pytest.raises(ValueError, match='—'): grpo_loss(lp, old, None, adv, mask, loss_type='cispo', **wrong)
 
 
 def test_with_beta_zero_the_distance_is_measured_and_not_trained_on():

@@ -9,8 +9,8 @@ from stateset_nb.environments import ConversationEnvironment, ScriptedUser, supp
 from stateset_nb.policy import TinyConfig, load_policy, save_policy, tiny_policy
 from stateset_nb import trainers
 from stateset_nb.rewards import RewardFunction, RewardResult
-from stateset_nb.trainers import (MultiTurnGRPOTrainer, RunLog, SingleTurnGRPOTrainer, TrainingConfig, TrainingProfile, TrainingRun, backward, credit, last_checkpoint, learn, learning_rate_at, make_rows,
-                                  micro_batches, pick_scenarios)
+from stateset_nb.trainers import (MultiTurnGRPOTrainer, RunLog, SingleTurnGRPOTrainer, TrainingConfig, TrainingProfile, TrainingRun, ValueHead, backward, credit, last_checkpoint, learn, learning_rate_at, make_rows,
+                                  micro_batches, pick_scenarios, turn_features)
 
 def soon(awaitable, seconds=120):
     "Run, and fail rather than hang."
@@ -56,7 +56,8 @@ def lines(f): return [json.loads(l) for l in Path(f).read_text(encoding='utf-8')
 FIELDS = {
     'num_episodes': 3, 'prompts_per_step': 3, 'num_generations': 4, 'max_completion_length': 5, 'max_turns': 1, 'temperature': .5, 'learning_rate': 2e-2, 'lr_scheduler_type': 'linear', 'warmup_steps': 3,
     'weight_decay': .5, 'max_grad_norm': 1e-3, 'num_iterations': 2, 'loss_type': 'grpo', 'importance_sampling_level': 'sequence', 'scale_rewards': False, 'epsilon': (1e-4, {'num_iterations': 2}),
-    'epsilon_high': (1e-4, {'num_iterations': 2}), 'beta': .5, 'kl': ('k1', {'beta': .5}), 'turn_credit': 'turn', 'gamma': (.3, {'turn_credit': 'turn'}), 'mask_truncated_completions': (True, {'max_turns': 2}),
+    'epsilon_high': (1e-4, {'num_iterations': 2}), 'beta': .5, 'kl': ('k1', {'beta': .5}), 'turn_credit': 'turn', 'gamma': (.3, {'turn_credit': 'turn'}), 'gae_lambda': (.1, {'turn_credit': 'gae'}),
+    'value_learning_rate': (.1, {'turn_credit': 'gae', 'num_episodes': 2}), 'mask_truncated_completions': (True, {'max_turns': 2}),
     'micro_batch_tokens': 64, 'rollout_limit': 1, 'seed': 7, 'eval_steps': 1, 'save_steps': 1, 'save_total_limit': (1, {'save_steps': 1})}
 
 def recorded(start, config, monkeypatch, tmp_path):
@@ -83,9 +84,13 @@ def test_every_setting_changes_what_is_recorded(start, monkeypatch, tmp_path):
         was = replace(BASE, **base)
         assert run(replace(was, **{name: value})) != run(was), f'{name} changes nothing'
 
+def test_cispo_wants_a_ceiling_of_at_least_one():
+    with pytest.raises(ConfigError, match='try epsilon_high=5'): TrainingConfig(loss_type='cispo')
+    assert TrainingConfig(loss_type='cispo', epsilon_high=5.).loss_type == 'cispo'
+
 BAD = {'num_episodes': [0, 1.5, 2.0, math.inf, math.nan, True, '3'], 'prompts_per_step': [0], 'num_generations': [1, 2.5], 'max_completion_length': [0], 'max_turns': [0], 'temperature': [0, -1, math.inf, math.nan], 'learning_rate': [0, math.nan, math.inf, '1e-5'],
        'lr_scheduler_type': ['Linear', None], 'warmup_steps': [-1, .5], 'weight_decay': [-1, math.nan], 'max_grad_norm': [0, math.inf], 'num_iterations': [0], 'loss_type': ['ppo'], 'importance_sampling_level': ['turn'], 'scale_rewards': ['no', None],
-       'epsilon': [0], 'epsilon_high': [0], 'beta': [-.1], 'kl': ['k4'], 'turn_credit': ['token'], 'gamma': [-.1, 1.1, math.nan], 'mask_truncated_completions': ['false'], 'micro_batch_tokens': [0], 'rollout_limit': [0], 'seed': [-1, .5], 'eval_steps': [-1],
+       'epsilon': [0], 'epsilon_high': [0], 'beta': [-.1], 'kl': ['k4'], 'turn_credit': ['token'], 'gamma': [-.1, 1.1, math.nan], 'gae_lambda': [-.1, 1.1], 'value_learning_rate': [0], 'mask_truncated_completions': ['false'], 'micro_batch_tokens': [0], 'rollout_limit': [0], 'seed': [-1, .5], 'eval_steps': [-1],
        'save_steps': [-1], 'save_total_limit': [0]}
 
 def test_settings_out_of_range_are_refused_by_name():
@@ -118,21 +123,21 @@ def gradient(start, groups, config, rows=None, old=False):
         backward(p, b, [torch.tensor(r.logps) + .05 for r in b] if old else None, ref, config, len(every), sum(sum(r.mask) for r in every))
     return torch.cat([q.grad.flatten() if q.grad is not None else torch.zeros(q.numel()) for q in p.model.parameters()])
 
-def close(a, b, rel=1e-6): assert ((a - b).norm() / b.norm()).item() <= rel, ((a - b).norm() / b.norm()).item()
+def check_close(a, b, rel=1e-6): assert ((a - b).norm() / b.norm()).item() <= rel, ((a - b).norm() / b.norm()).item()
 
 @pytest.mark.parametrize('config', [BASE, replace(BASE, loss_type='grpo'), replace(BASE, loss_type='dr_grpo'), replace(BASE, importance_sampling_level='sequence', loss_type='grpo'), replace(BASE, beta=.1),
                                     replace(BASE, turn_credit='turn', gamma=.5), replace(BASE, mask_truncated_completions=True)], ids=lambda c: f'{c.loss_type}-{c.importance_sampling_level}-{c.beta}-{c.turn_credit}')
 def test_the_gradient_does_not_depend_on_how_it_was_cut(start, round_, config):
     config = replace(config, micro_batch_tokens=10**6)
     whole = gradient(start, round_, config, old=True)
-    for n in (1, 100, 400): close(gradient(start, round_, replace(config, micro_batch_tokens=n), old=True), whole, 1e-6)
+    for n in (1, 100, 400): check_close(gradient(start, round_, replace(config, micro_batch_tokens=n), old=True), whole, 1e-6)
 
 def test_rows_without_an_advantage_teach_nothing(start, round_):
     flat = [replace(g, trajectories=tuple(replace(t, turn_rewards=(.5,) + (0.,) * (len(t.turn_rewards) - 1)) for t in g.trajectories)) if i % 2 else g for i, g in enumerate(round_)]
     rows = [r for r in make_rows(flat, BASE) if any(r.mask)]
     todo = [r for r in rows if any(r.advantages)]
     assert 0 < len(todo) < len(rows)
-    close(gradient(start, flat, BASE, todo), gradient(start, flat, BASE, rows), 1e-6)
+    check_close(gradient(start, flat, BASE, todo), gradient(start, flat, BASE, rows), 1e-6)
     p, q = load_policy(start, 'cpu'), load_policy(start, 'cpu')
     seen = [0, 0]
     for i, (pol, rows_) in enumerate(((p, None), (q, rows))):
@@ -160,7 +165,7 @@ def test_failed_episodes_are_left_out_of_everything(start, round_):
     bad = shaped(round_, lambda t, i, j: worth(t, 1e9, 'TimeoutError: x') if j == 2 else t)
     without = [replace(g, trajectories=tuple(t for j, t in enumerate(g.trajectories) if j != 2)) for g in round_]
     for config in (BASE, replace(BASE, turn_credit='turn'), replace(BASE, beta=.1, loss_type='grpo')):
-        close(gradient(start, bad, config), gradient(start, without, config), 1e-6)
+        check_close(gradient(start, bad, config), gradient(start, without, config), 1e-6)
         assert [[a.tolist() for j, a in enumerate(g) if j != 2] for g in credit(bad, config)] == [[a.tolist() for a in g] for g in credit(without, config)]
         assert not any(a.any() for g in credit(bad, config) for a in g[2:3])
     m = trainers.play_metrics(bad)
@@ -178,6 +183,48 @@ def test_turns_are_credited_with_what_follows_them():
     assert [len(a) for a in got] == [3, 1, 2]
     for a, x in zip(got, togo): assert a == pytest.approx([x[k] - mean[k] for k in range(len(a))])
     assert [a.tolist() for a in credit(g, replace(c, turn_credit='outcome'))[0]] == [pytest.approx([1 - 1, 0., 0.]), pytest.approx([-1.]), pytest.approx([1., 1.])]
+
+# A value head
+
+def test_a_head_sees_each_turn_before_it_is_said(start, round_):
+    p = load_policy(start, 'cpu')
+    ts = [t for g in round_ for t in g.trajectories]
+    assert max(len(t.turn_rewards) for t in ts) > 1
+    for few in (64, 10**6):
+        for t, f in zip(ts, turn_features(p, ts, few)):
+            assert len(f) == len(t.turn_rewards) == sum(len(s.turn_spans) for s in t.segments)
+            at = iter(f)
+            for s in t.segments:
+                for lo, _ in s.turn_spans:
+                    with torch.no_grad(): alone = p.model.base_model(torch.tensor([s.ids[:lo]])).last_hidden_state[0, -1]  # nothing of the turn itself
+                    assert torch.allclose(next(at), alone, atol=1e-5)
+
+def test_a_head_never_moves_the_policy_and_asks_before_it_learns(start, round_):
+    p, c = load_policy(start, 'cpu'), replace(BASE, turn_credit='gae', learning_rate=1e-9)
+    head = ValueHead(32)
+    was = weights(p)
+    learn(p, None, torch.optim.SGD(p.model.parameters(), 0.), shaped(round_, lambda t, i, j: worth(t, 0.)), c, head=head)
+    assert same(weights(p), was) and all(q.grad is None for q in p.model.parameters())
+    assert not any(w.any() for w in head.layer.parameters()), 'nothing was earned, and nothing was expected'
+    values, seen = trainers._learn_values(p, head, round_, c)
+    assert not any(v.any() for v in values) and any(w.any() for w in head.layer.parameters()) and seen['value/explained_variance'] <= 0
+
+def test_failed_episodes_teach_a_head_nothing(start, round_):
+    heads = [ValueHead(32), ValueHead(32)]
+    bad = shaped(round_, lambda t, i, j: worth(t, 1e9, 'TimeoutError: x') if j == 2 else t)
+    without = [replace(g, trajectories=tuple(t for j, t in enumerate(g.trajectories) if j != 2)) for g in round_]
+    c, p = replace(BASE, turn_credit='gae'), load_policy(start, 'cpu')
+    for h, gs in zip(heads, (bad, without)): trainers._learn_values(p, h, gs, c)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(heads[0].layer.parameters(), heads[1].layer.parameters()))
+    none = [torch.zeros(len(t.turn_rewards)) for g in bad for t in g.trajectories]
+    assert not any(a[2].any() for a in credit(bad, c, none))
+
+def test_a_head_makes_advantages_of_its_surprise():
+    def t(*r): return Trajectory('t', 's', 0, turn_rewards=r)
+    g, values = [TrajectoryGroup('s', (t(0., 1., 0.), t(2.,)))], [torch.tensor([.5, .25, .125]), torch.tensor([1.])]
+    c = TrainingConfig(turn_credit='gae', gamma=.5, gae_lambda=.5, scale_rewards=False)
+    d = [0 + .5 * .25 - .5, 1 + .5 * .125 - .25, 0 - .125]  # reward, plus what is expected next, minus what was expected
+    assert [a.tolist() for a in credit(g, c, values)[0]] == [pytest.approx([d[0] + .25 * d[1] + .0625 * d[2], d[1] + .25 * d[2], d[2]]), pytest.approx([1.])]
 
 def test_masks_and_spans_carry_the_advantage_of_their_turn():
     s = Segment((1, 2, 3, 4, 5, 6), (0, 1, 1, 0, 0, 1), (0., -1., -1., 0., 0., -1.), ((1, 3), (5, 6)))
@@ -410,7 +457,8 @@ def test_the_log_survives_a_torn_line_and_strange_characters(tmp_path):
 # Killed
 
 SMALL = TrainingConfig(num_episodes=6, prompts_per_step=2, num_generations=2, max_completion_length=8, max_turns=3, learning_rate=1e-2, save_steps=2, save_total_limit=1)
-RUNS = {'plain': SMALL, 'with a reference, twice, falling': replace(SMALL, beta=.1, num_iterations=2, lr_scheduler_type='cosine', warmup_steps=2, weight_decay=.1, save_steps=1, turn_credit='turn')}
+RUNS = {'plain': SMALL, 'with a reference, twice, falling': replace(SMALL, beta=.1, num_iterations=2, lr_scheduler_type='cosine', warmup_steps=2, weight_decay=.1, save_steps=1, turn_credit='turn'),
+        'with a value head, three times': replace(SMALL, turn_credit='gae', num_iterations=3)}
 
 def work(start, out, config, die=None):
     "A run in a process of its own: goes on where the last one was killed, and may kill itself before its n-th rename or write."
@@ -433,7 +481,7 @@ def work(start, out, config, die=None):
 def left(out):
     "What a finished run is: weights, moments, rows."
     last = last_checkpoint(out)
-    return {'end': (Path(out) / 'end' / 'model.safetensors').read_bytes(), 'moments': (last / 'optimizer.safetensors').read_bytes(), 'metrics': [no_time(m) for m in lines(Path(out) / 'metrics.jsonl')],
+    return {'end': (Path(out) / 'end' / 'model.safetensors').read_bytes(), 'moments': [f.read_bytes() for f in sorted(last.rglob('*.safetensors'))], 'metrics': [no_time(m) for m in lines(Path(out) / 'metrics.jsonl')],
             'trajectories': (Path(out) / 'trajectories.jsonl').read_bytes()}
 
 @pytest.mark.parametrize('name', RUNS)
