@@ -1,5 +1,5 @@
 """What tests of the whole house share."""
-import functools, http.server, multiprocessing, os, shutil, threading, time
+import base64, functools, hashlib, http.server, multiprocessing, os, shutil, subprocess, tarfile, tempfile, threading, time
 from pathlib import Path
 import pytest
 from hypothesis import settings
@@ -74,4 +74,26 @@ def forks():
         p.join(120 if seconds is None else seconds)
         if p.is_alive(): p.kill(); p.join(60)
         return p.exitcode, time.monotonic()-began
+    return f
+
+@pytest.fixture(scope='session')
+def npm_package(need):
+    """`npm_package(name, version, sha512, folder)` gives a folder of a published package, fetched once into the user's cache.
+    Whatever version the registry offers, only the tarball with that checksum is unpacked; workers that fetch at the same time all end with one whole folder."""
+    def f(name, version, sha512, folder):
+        cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'stateset-nb-tokenizers'
+        place = cache/f'{name.replace("/", "-")}-{version}'
+        if place.is_dir(): return place
+        npm = need('npm', why=f'it brings {name}')
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix='.') as tmp:
+            try: subprocess.run([npm, 'pack', '--silent', '--fetch-retries=2', '--fetch-retry-mintimeout=1000', f'{name}@{version}'], cwd=tmp, check=True, capture_output=True, timeout=120)
+            except (OSError, subprocess.SubprocessError): lacking(f'npm could not fetch {name}@{version}')
+            tgz, = Path(tmp).glob('*.tgz')
+            if base64.b64encode(hashlib.sha512(tgz.read_bytes()).digest()).decode() != sha512: pytest.fail(f'the tarball of {name}@{version} is not the one we know')
+            with tarfile.open(tgz) as t: t.extractall(tmp, [m for m in t.getmembers() if m.name.startswith(f'package/{folder}/')], filter='data')
+            try: (Path(tmp)/'package'/folder).rename(place)
+            except OSError:
+                if not place.is_dir(): raise  # else another worker was first, with the same bytes
+        return place
     return f
