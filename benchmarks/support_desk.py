@@ -52,6 +52,10 @@ def about(c: ImproveConfig) -> dict:
     "The settings of a run, without where and with which seed."
     return {k: v for k, v in c.to_dict().items() if k not in ('out', 'seed')}
 
+def known_as(then: dict, now: dict) -> bool:
+    "Were these settings what they are now? A setting that did not exist then is at its default now."
+    return all(known_as(v, now.get(k, {})) if isinstance(v, dict) else k in now and now[k] == v for k, v in then.items())
+
 def data_hash(c: ImproveConfig) -> str:
     "A name for what the desk hands out: another draw of logs or scenarios makes old results stale."
     return content_hash([[t.to_dict() for t in support_desk_logs(50, c.seed)], [s.to_dict() for s in desk_scenarios(20, stream(c.seed, 'test'), 'test')]], 6)
@@ -327,7 +331,7 @@ def collect(mode: str, new: Sequence[dict], folder: Path) -> dict:
     now = {(r['setting'], r['seed']): r for r in new}
     for r in old:
         c = settings(mode, r['setting'], r['seed']) if r['setting'] in SETTINGS else None
-        if c is None or (r['mode'], r['settings'], r['data']) != (mode, about(c), data_hash(c)): print(f'the result of {r["setting"]}, seed {r["seed"]} was made with other settings or another desk, and is dropped')
+        if c is None or (r['mode'], r['data']) != (mode, data_hash(c)) or not known_as(r['settings'], about(c)): print(f'the result of {r["setting"]}, seed {r["seed"]} was made with other settings or another desk, and is dropped')
         else: now.setdefault((r['setting'], r['seed']), r)
     order = list(SETTINGS)
     records = sorted(now.values(), key=lambda r: (order.index(r['setting']), r['seed']))
