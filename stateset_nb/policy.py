@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .core import BackendError, ConfigError, Conversation, DataError, Message, Record, ToolCall, content_hash, progress_bar, set_seed, stream
+from .core import BackendError, ConfigError, Conversation, DataError, Message, Record, SampledTokens, ToolCall, content_hash, progress_bar, set_seed, stream
 
 # %% auto #0
 __all__ = ['Key', 'ChatFormat', 'make_tokenizer', 'CompactFormat', 'TemplateFormat', 'SamplingParams', 'Sampled', 'pick_tokens',
@@ -105,6 +105,7 @@ def _compact_call(text: str) -> ToolCall:
             v, pos = m[2], m.end()
             if not v: args[m[1]], pos = json.JSONDecoder().raw_decode(rest, pos)
             else: args[m[1]] = json.loads(v) if v[0] == '"' or re.fullmatch(rf'{_NUMBER}|true|false|null', v) else v
+        json.dumps(args, ensure_ascii=False).encode()
     except (ValueError, RecursionError): return ToolCall(name, rest)
     return ToolCall(name, json.dumps(args, ensure_ascii=False) if not rest[pos:].strip() else rest)
 
@@ -173,12 +174,21 @@ class CompactFormat(ChatFormat):
         text, *calls = self.tokenizer.decode([i for i in ids if i not in self.end_ids]).split(_CALL)
         return Message('assistant', text.strip() or (None if calls else ''), tuple(_compact_call(c) for c in calls))
 
+# %% ../nbs/01_policy.ipynb #3bb2796f
+def _json(text: str) -> Any:
+    "JSON that can be written down again; raises `ValueError`, also for half a character (a lone surrogate) and for brackets without end."
+    try:
+        d = json.loads(text)
+        json.dumps(d, ensure_ascii=False).encode()
+        return d
+    except RecursionError as e: raise ValueError(f'{e}') from None
+
 # %% ../nbs/01_policy.ipynb #d3e31237
 _HERMES = re.compile(r'<tool_call>\s*(.*?)\s*(?:</tool_call>|$)', re.S)
 
 def _hermes_call(text: str) -> ToolCall:
     "A call written as JSON between `<tool_call>` tags."
-    try: d = json.loads(text)
+    try: d = _json(text)
     except ValueError: return ToolCall('', text)
     if not isinstance(d, dict) or not isinstance(d.get('name'), str): return ToolCall('', text)
     a = d.get('arguments', d.get('parameters', {}))
@@ -187,7 +197,7 @@ def _hermes_call(text: str) -> ToolCall:
 # %% ../nbs/01_policy.ipynb #b4d1b583
 def _json_or_text(s: str) -> Any:
     "JSON where it is JSON (templates want objects), else the text."
-    try: return json.loads(s)
+    try: return _json(s)
     except ValueError: return s
 
 # %% ../nbs/01_policy.ipynb #82df4600
@@ -199,6 +209,12 @@ def _template_dict(m: Message, template: str) -> dict[str, Any]:
     if m.name: d['name'] = m.name
     return d
 
+# %% ../nbs/01_policy.ipynb #a7b577fa
+def _alike(a: Message, b: Message) -> bool:
+    "Do two turns say the same, whatever their spaces and the form of their arguments?"
+    def calls(m: Message) -> list[Any]: return [(c.name, _json_or_text(c.arguments)) if c.name else None for c in m.tool_calls]
+    return a.text.split() == b.text.split() and calls(a) == calls(b)
+
 # %% ../nbs/01_policy.ipynb #0b70548c
 class TemplateFormat(ChatFormat):
     "The chat template of a published model's tokenizer; tool calls as JSON between `<tool_call>` tags."
@@ -207,10 +223,17 @@ class TemplateFormat(ChatFormat):
         tokenizer: Any,  # with a chat template
     ) -> None:
         super().__init__(tokenizer)
+        self.encode = lru_cache(1024)(self.encode.__wrapped__)  # whole talks: of 2,000 tokens, some 60 MB
+        self._control = re.compile('|'.join(re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special) or r'(?!)')
+        self._text = lru_cache(1024)(self._write)               # the text that asked for a turn is needed again when the next one is due
         tail = self._render([Message('user', 'u'), Message('assistant', 'zq')], None, False).rpartition('zq')[2]
         ends = [t for t in (tokenizer.eos_token, *tokenizer.convert_ids_to_tokens(self.encode(tail))) if t in tail and tokenizer.convert_tokens_to_ids(t) in tokenizer.added_tokens_decoder]
         if not ends: raise BackendError(f'the chat template of {tokenizer.name_or_path} ends no turn with a token of its own: {tail!r} — a model could not say when it has finished — give a ChatFormat')
         self.end = ends[0]   # what the template writes after a reply; not always the end of a text (Gemma, Phi)
+        self.calls = True    # does the template write calls so that `parse` reads them?
+        call = Message('assistant', None, (ToolCall('zq', '{"u": "zq"}'),))
+        try: self.calls = self.parse(self.reply_ids(call, [Message('user', 'u')])).tool_calls == call.tool_calls
+        except BackendError: self.calls = False
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -218,22 +241,34 @@ class TemplateFormat(ChatFormat):
         return self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids(self.end)
 
     def _render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, ask: bool) -> str:
-        talk = [_template_dict(m, self.tokenizer.chat_template) for m in messages]
-        try: return self.tokenizer.apply_chat_template(talk, tools=tools, add_generation_prompt=ask, tokenize=False)
+        return self._text(tuple((m.role, m.text, m.tool_calls, m.name) for m in messages), json.dumps(tools), ask)
+
+    def _write(self, messages: Sequence[tuple[str, str, tuple[ToolCall, ...], str | None]], tools: str, ask: bool) -> str:
+        def plain(role: str, text: str) -> str: return text if role == 'assistant' else self._control.sub(lambda k: f'{k[0][0]} {k[0][1:]}', text)  # what people type is never a control token
+        talk = [_template_dict(Message(role, plain(role, text), calls, name=name), self.tokenizer.chat_template) for role, text, calls, name in messages]
+        try: return self.tokenizer.apply_chat_template(talk, tools=json.loads(tools), add_generation_prompt=ask, tokenize=False)
         except Exception as e: raise BackendError(f'the chat template of {self.tokenizer.name_or_path} cannot render this talk: {e}') from e
 
     def start(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> tuple[int, ...]:
         "The context of a first turn."
+        if tools: self._check_calls()
         return self.encode(self._render(messages, tools, True))
 
+    def _check_calls(self) -> None:
+        if not self.calls: raise BackendError(f'the chat template of {self.tokenizer.name_or_path} does not write tool calls as JSON between <tool_call> tags — an agent would not see what it called — take a template with tools, give a ChatFormat, or leave the tools out')
+
     def extend(self, ids: tuple[int, ...], before: Sequence[Message], new: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> tuple[tuple[int, ...], bool]:
-        "The old ids, the template's own ending of the turn, and what is new; a fork where the template rewrites."
-        old, full = self._render(before, tools, False), self._render([*before, *new], tools, True)
-        if not full.startswith(old): return self.encode(full), True
-        return ids + self.encode(old.rpartition(self.end)[2] + full[len(old):]), False
+        "The old ids, the template's own ending of the turn, and what is new; a fork where the template no longer writes what was said."
+        asked, full = self._render(before[:-1], tools, True), self._render([*before, *new], tools, True)
+        reply, _, rest = full[len(asked):].partition(self.end)
+        t = before[-1].tokens
+        said = before[-1] if t is None else self.parse(t.ids)
+        if full.startswith(asked) and _alike(self.parse(self.encode(reply)), said): return ids + self.encode(rest), False
+        return self.encode(full), True
 
     def reply_ids(self, message: Message, before: Sequence[Message] = ()) -> tuple[int, ...]:
         "A reply as the template writes it, up to and with the end token."
+        if message.tool_calls: self._check_calls()
         asked, full, end = self._render(before, None, True), self._render([*before, message], None, False), self.end
         opening = asked.removeprefix(self._render(before, None, False))
         if not full.startswith(asked) and opening not in full: raise BackendError('this chat template does not extend its own prompt — it cannot be learnt from logs')
@@ -241,10 +276,12 @@ class TemplateFormat(ChatFormat):
         return self.encode(said.rpartition(end)[0] + end)
 
     def parse(self, ids: Sequence[int]) -> Message:
-        "Text outside the tags, calls inside them."
-        text = self.tokenizer.decode([i for i in ids if i not in self.end_ids])
+        "Text outside the tags, calls inside them; what stands in a thought is no call."
+        text = self.tokenizer.decode([i for i in ids if i not in self.end_ids], clean_up_tokenization_spaces=False)
+        if not self.calls: return Message('assistant', text.strip())
+        thought, mark, text = text.rpartition('</think>')
         calls = tuple(_hermes_call(c) for c in _HERMES.findall(text))
-        return Message('assistant', _HERMES.sub('', text).strip() or (None if calls else ''), calls)
+        return Message('assistant', (thought + mark + _HERMES.sub('', text)).strip() or (None if calls else ''), calls)
 
 # %% ../nbs/01_policy.ipynb #1c0ca68c
 def _whole_numbers(record: Record, least: dict[str, int]) -> None:
@@ -568,6 +605,7 @@ class Policy:
     ) -> None:
         if format is None and not tokenizer.chat_template: raise ConfigError(f'the tokenizer of {name} has no chat template — give a ChatFormat, or take an instruction-tuned model')
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
+        model.get_input_embeddings().padding_idx = None  # a token that pads elsewhere is a token like any other here: its embedding learns
         self.format = format or TemplateFormat(tokenizer)
         self.version = 0             # counts updates of the weights; call `updated` after each
         self.engine = _Engine(self)
@@ -859,7 +897,7 @@ def conversation_tokens(
         mask += [0] * (len(ids_) - len(mask))
         said = fmt.reply_ids(m, told)
         ids_ += said; mask += [1] * len(said)
-        told.append(m)
+        told.append(replace(m, tokens=SampledTokens((), said, ())))
     return res
 
 # %% ../nbs/01_policy.ipynb #9e92e60f

@@ -138,7 +138,7 @@ def test_over_sampled_groups_the_estimator_is_the_gradient_within_its_interval(k
         low, high = interval(d / truth.norm())
         assert low < 0 < high
 
-BOLD = TrainingConfig(num_episodes=60, prompts_per_step=4, num_generations=8, max_completion_length=1, learning_rate=2e-2, lr_scheduler_type='linear')
+BOLD = TrainingConfig(num_episodes=60, prompts_per_step=4, num_generations=16, max_completion_length=1, learning_rate=1.5e-2, lr_scheduler_type='linear')
 
 @pytest.mark.parametrize('kind, credit', [('one turn', 'outcome'), ('two turns', 'outcome'), ('two turns', 'turn'), ('two turns', 'gae')])
 def test_training_reaches_the_known_optimum(kind, credit):
