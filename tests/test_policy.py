@@ -248,6 +248,20 @@ def test_keys_released_or_weights_moved_while_a_turn_is_sampled(pol):
         assert got[0].logps == pytest.approx(want[0].logps, abs=1e-5)
     assert not pol.engine.cached and not pol.engine.slots
 
+def test_a_talk_that_is_held_while_the_weights_move_is_read_anew():
+    p = fresh()
+    async def go():
+        with p.conversation((0,)):
+            ids = [5, 6, 7]
+            s, = await p.sample(ids, SamplingParams(max_tokens=4, seed=1), key=(0,))
+            ids += [*s.ids, 8]
+            with torch.no_grad():
+                for w in p.model.parameters(): w.mul_(1.5)
+            p.updated()
+            s, = await p.sample(ids, SamplingParams(max_tokens=4, seed=2), key=(0,))
+            return ids, s
+    close(p, *soon(go()))
+
 def test_many_draws_from_one_context(pol):
     ctx = CF.start([Message('user', 'Hello')])
     async def go(): return await asyncio.gather(pol.sample(ctx, SamplingParams(6, seed=1), n=5), pol.sample(ctx, SamplingParams(6, seed=1), n=5), pol.sample(ctx, SamplingParams(6, seed=2), n=3))
