@@ -4,7 +4,7 @@
 
 # %% ../nbs/01_policy.ipynb #514dea41
 from __future__ import annotations
-import asyncio, contextvars, itertools, json, math, os, re, shutil, sys, tempfile
+import asyncio, contextvars, itertools, json, logging, math, os, re, shutil, sys, tempfile
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .core import BackendError, ConfigError, Conversation, DataError, Message, Record, SampledTokens, ToolCall, content_hash, progress_bar, set_seed, stream
 
 # %% auto #0
 __all__ = ['Key', 'ChatFormat', 'make_tokenizer', 'CompactFormat', 'TemplateFormat', 'SamplingParams', 'Sampled', 'pick_tokens',
-           'context_length', 'ContextFull', 'Policy', 'tiny_model', 'pad_rows', 'sequence_logps', 'check_head',
-           'new_folder', 'save_policy', 'load_policy', 'conversation_tokens', 'clone_conversations', 'TinyConfig',
-           'cache_folder', 'tiny_policy']
+           'context_length', 'ContextFull', 'Policy', 'tiny_model', 'pad_rows', 'shared_prefix', 'Branch',
+           'prefix_tree', 'states_before', 'sequence_logps', 'check_head', 'new_folder', 'save_policy', 'load_policy',
+           'conversation_tokens', 'clone_conversations', 'TinyConfig', 'cache_folder', 'tiny_policy']
 
 # %% ../nbs/01_policy.ipynb #7935af29
 class ChatFormat:
@@ -334,18 +335,19 @@ def pick_tokens(
     temperature: Tensor,      # [B] 0 means the likeliest token
     top_p: Tensor | None = None,  # [B]
     top_k: Tensor | None = None,  # [B] 0 means all
-) -> tuple[Tensor, Tensor]:   # (tokens [B], log-probability of each [B]; where temperature is 0, that of the unscaled model)
+) -> tuple[Tensor, Tensor, Tensor]:  # (tokens [B]; log-probability of each [B]; entropy [B] of what it was drawn from, nats); where temperature is 0, those of the unscaled model
     "Draw one token a row, by the inverse of the cumulative distribution."
     greedy = temperature == 0
     z = logits.float() / torch.where(greedy, 1., temperature)[:, None]
     if top_k is not None or top_p is not None: z = _filter(z, top_p, top_k)
     logp = torch.log_softmax(z, -1)
-    cdf = logp.exp().cumsum(-1)
+    p = logp.exp()
+    cdf = p.cumsum(-1)
     total = cdf[:, -1:]
     below = torch.nextafter(total, torch.zeros_like(total))  # a u that rounds to 1 must not land behind the last possible token
     drawn = torch.searchsorted(cdf, torch.minimum(u[:, None] * total, below), right=True).squeeze(-1).clamp(max=z.shape[-1] - 1)
     x = torch.where(greedy, logits.argmax(-1), drawn)
-    return x, logp.gather(-1, x[:, None]).squeeze(-1)
+    return x, logp.gather(-1, x[:, None]).squeeze(-1), -(p * logp).nansum(-1)  # 0 x -inf, of a token left out, counts nothing
 
 # %% ../nbs/01_policy.ipynb #2e7da9c1
 def _grown(buf: Tensor | None, like: Tensor, slots: int, columns: int) -> Tensor:
@@ -408,16 +410,21 @@ def _layer_types(model: Any) -> tuple[str, ...]:
     return tuple(sorted(kinds)) if named else ('sliding window',) if c.get('sliding_window') else ()
 
 # %% ../nbs/01_policy.ipynb #c947e757
-def _masks(cols: Tensor, width: int, layers: tuple[str, ...], window: int | None, dtype: torch.dtype, additive: bool) -> Tensor | dict[str, Tensor]:
-    "Which of the `width` columns each token [R, T] sees: [R, 1, T, width], by kind of layer where the config names the kinds."
-    grid = torch.arange(width, device=cols.device)[None, None]
-    full = (grid <= cols[:, :, None]) & ((grid > 0) | (cols == 0)[:, :, None])
+def _by_layer(full: Tensor, back: Tensor, layers: tuple[str, ...], window: int | None, like: tuple[torch.dtype, bool]) -> Tensor | dict[str, Tensor]:
+    "The mask [R, 1, T, W] of a model, by kind of layer where its config names the kinds; `back` [R, T, W] is how far each column lies behind, `like` the dtype and whether the mask is added."
+    dtype, additive = like
     def shape(m: Tensor) -> Tensor:
         return torch.zeros(m.shape, dtype=dtype, device=m.device).masked_fill(~m, torch.finfo(dtype).min)[:, None] if additive else m[:, None]
     if 'sliding' not in ' '.join(layers): return shape(full)
-    near = full & (grid > cols[:, :, None] - (window or width))
+    near = full if window is None else full & (back < window)
     if layers == ('sliding window',): return shape(near)
     return {'full_attention': shape(full), 'sliding_attention': shape(near)}
+
+# %% ../nbs/01_policy.ipynb #8df80f18
+def _slot_columns(cols: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    "Which of the `width` columns of its slot each token [R, T] sees, and how far they lie behind it: both [R, T, width]."
+    grid = torch.arange(width, device=cols.device)[None, None]
+    return (grid <= cols[:, :, None]) & ((grid > 0) | (cols == 0)[:, :, None]), cols[:, :, None] - grid
 
 # %% ../nbs/01_policy.ipynb #314e1824
 Key = tuple[int | str, ...]  # names a conversation; order of keys is order of batches
@@ -480,6 +487,7 @@ class _Engine(_Slots):
         self.moved: asyncio.Event | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
         self.counts = {'ticks': 0, 'prefilled_tokens': 0, 'decoded_tokens': 0}
+        self.drawn, self.entropy = 0, 0.           # tokens sampled, and the sum of the entropies they were drawn from
 
     def live(self) -> list[_Request]:
         "Requests that somebody still waits for."
@@ -611,6 +619,7 @@ class Policy:
         self.engine = _Engine(self)
         self._layers = _layer_types(model)
         c = model.config.to_dict()   # slow, so asked once
+        self._mask_like = model.dtype, model.config._attn_implementation != 'sdpa'
         self._window, self._context = c.get('sliding_window'), int(c.get('max_position_embeddings') or c.get('n_positions') or sys.maxsize)
 
     @property
@@ -690,7 +699,7 @@ def _pass(policy: Policy, cache: Any, ids: np.ndarray, cols: np.ndarray, rows: s
     config, dev = policy.model.config, policy.device
     at = torch.from_numpy(cols).to(dev)
     cache.plan(rows if isinstance(rows, slice) else rows.to(dev), at, width, n_slots)
-    mask = _masks(at, width, policy._layers, policy._window, policy.model.dtype, config._attn_implementation != 'sdpa')
+    mask = _by_layer(*_slot_columns(at, width), policy._layers, policy._window, policy._mask_like)
     try: out = policy.model(input_ids=torch.from_numpy(ids).to(dev), position_ids=(at - 1).clamp(min=0), attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
     except (TypeError, ValueError, RuntimeError) as e: raise BackendError(f'a forward pass of {config.model_type} failed: {e} — {ids.shape[0]} rows of {ids.shape[1]} tokens over {width} columns') from e
     return out.logits[:, -1]
@@ -723,8 +732,9 @@ def _settle(e: _Engine, part: list[_Request], logits: Tensor) -> None:
     ps = [r.params for r in part]
     top_p = as_t([p.top_p for p in ps]) if any(p.top_p < 1 for p in ps) else None
     top_k = as_t([p.top_k for p in ps]) if any(p.top_k for p in ps) else None
-    x, logp = pick_tokens(logits, as_t([r.u[len(r.logps)] for r in part]), as_t([float(p.temperature) for p in ps]), top_p, top_k)
+    x, logp, entropy = pick_tokens(logits, as_t([r.u[len(r.logps)] for r in part]), as_t([float(p.temperature) for p in ps]), top_p, top_k)
     if not bool(torch.isfinite(logp).all()): raise BackendError('the model gives log-probabilities that are not finite — its weights are broken — load an earlier checkpoint')
+    e.entropy += entropy.double().sum().item(); e.drawn += len(part)
     ends, version = e.policy.format.end_ids, e.policy.version
     for r, t, lp in zip(part, x.tolist(), logp.tolist()):
         e.cached[r.key][r.done:] = r.ids[r.done:]
@@ -773,23 +783,242 @@ def pad_rows(
     return out
 
 # %% ../nbs/01_policy.ipynb #22f80db0
+def shared_prefix(
+    a: Sequence[int],  # tokens
+    b: Sequence[int],  # tokens of the same type, tuple or list
+) -> int:              # tokens at the beginning that are the same
+    "How far two rows go together."
+    lo, hi = 0, min(len(a), len(b)) + 1
+    while hi - lo > 1:
+        mid = (lo + hi) // 2
+        if a[lo:mid] == b[lo:mid]: lo = mid
+        else: hi = mid
+    return lo
+
+# %% ../nbs/01_policy.ipynb #e4019e4f
+@dataclass(eq=False)
+class Branch:
+    "Tokens that some rows have in common, after those of its parent."
+    ids: tuple[int, ...]   # its tokens
+    rows: list[int]        # the rows it belongs to
+    parent: Branch | None  # the branch before; None at the beginning
+    start: int = 0         # position of the first token
+    level: int = 0         # branches before it
+
+# %% ../nbs/01_policy.ipynb #a4657118
+def _whole_tree(rows: Sequence[tuple[int, ...]]) -> list[Branch]:
+    "Every branching of some rows, parents first; a row that ends where others go on has an empty branch."
+    order = sorted(range(len(rows)), key=rows.__getitem__)
+    res: list[Branch] = []
+    todo: list[tuple[int, int, int, Branch | None]] = [(0, len(order), 0, None)] if rows else []
+    while todo:
+        lo, hi, start, parent = todo.pop()
+        first, last = rows[order[lo]], rows[order[hi - 1]]
+        end = shared_prefix(first, last)  # of the first and the last in order, so of all between
+        res.append(Branch(first[start:end], order[lo:hi], parent))
+        cuts = [lo, *(i for i in range(lo + 1, hi) if rows[order[i - 1]][end:end + 1] != rows[order[i]][end:end + 1]), hi]
+        if len(cuts) > 2: todo += [(a, b, end, res[-1]) for a, b in zip(cuts, cuts[1:])]
+    return res
+
+# %% ../nbs/01_policy.ipynb #23e9e89d
+def prefix_tree(
+    rows: Sequence[tuple[int, ...]],  # tokens
+    least: int = 64,                  # tokens that a branch must spare
+) -> list[Branch]:                    # parents before their children; put together they are the rows
+    "What rows have in common, at every depth."
+    tree = _whole_tree(rows)
+    children: dict[Branch | None, list[Branch]] = {b: [] for b in tree}
+    for b in tree[1:]: children[b.parent].append(b)
+    gone = set()
+    for b in reversed(tree):
+        if not children[b] or (len(children[b]) - 1) * len(b.ids) >= least: continue
+        gone.add(b)
+        for child in children[b]: child.ids, child.parent = b.ids + child.ids, b.parent
+        if b.parent is not None: children[b.parent] = [c for c in children[b.parent] if c is not b] + children[b]
+    tree = [b for b in tree if b not in gone and b.ids]
+    for b in tree:
+        if b.parent is not None: b.start, b.level = b.parent.start + len(b.parent.ids), b.parent.level + 1
+    return tree
+
+# %% ../nbs/01_policy.ipynb #31c69a14
+def _joined_class() -> type:
+    "The cache of a pass over branches, made late because importing transformers is slow."
+    from transformers.cache_utils import Cache
+
+    class Joined(Cache):
+        "What was read before, joined with what is read now."
+        is_compileable = False
+
+        def __init__(self, before: dict[int, tuple[Tensor, Tensor]]) -> None:
+            super().__init__(layers=[])
+            self.kv = dict(before)  # layer -> keys and values [R, heads, columns, width]
+
+        def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            "This pass's keys and values behind those before."
+            if layer_idx in self.kv: key_states, value_states = (torch.cat(both, 2) for both in zip(self.kv[layer_idx], (key_states, value_states)))
+            self.kv[layer_idx] = key_states, value_states
+            return key_states, value_states
+
+        def get_seq_length(self, layer_idx: int = 0) -> int: return 0
+
+    return Joined
+
+# %% ../nbs/01_policy.ipynb #9c27a30c
+@dataclass(eq=False)
+class _Read:
+    "A pass over some branches, kept for those after them."
+    branches: list[Branch]
+    kv: dict[int, tuple[Tensor, Tensor]]  # layer -> keys and values [R, heads, columns, width]
+    at: Tensor                            # [R, columns] the position of each column; _FAR where there is padding
+
+_FAR = 2**30    # a position that nobody looks at
+_SPARE = 512    # padded tokens that cost as much as a pass, about
+
+# %% ../nbs/01_policy.ipynb #42537108
+def _batches_of(branches: Sequence[Branch]) -> list[list[Branch]]:
+    "Branches of like length together, the longest first."
+    res: list[list[Branch]] = []
+    waste = 0
+    for b in sorted(branches, key=lambda b: -len(b.ids)):
+        waste += len(res[-1][0].ids) - len(b.ids) if res else 0
+        if not res or waste > _SPARE: res.append([]); waste = 0
+        res[-1].append(b)
+    return res
+
+# %% ../nbs/01_policy.ipynb #3560429d
+def _positions(part: Sequence[Branch]) -> tuple[np.ndarray, np.ndarray]:
+    "Tokens and positions [R, T] of branches, padded on the right; the position is -1 where there is no token."
+    ids = np.zeros((len(part), len(part[0].ids)), np.int64)
+    at = np.full(ids.shape, -1)
+    for i, b in enumerate(part): ids[i, :len(b.ids)] = b.ids; at[i, :len(b.ids)] = np.arange(b.start, b.start + len(b.ids))
+    return ids, at
+
+# %% ../nbs/01_policy.ipynb #a09b91c5
+def _read_branches(policy: Policy, part: list[Branch], before: _Read | None, keep: bool) -> tuple[Tensor, _Read | None]:
+    "Last hidden states [R, T, D] of some branches; with their keys and values where others go on from them."
+    ids, at = (torch.from_numpy(x).to(policy.device) for x in _positions(part))
+    if before is None and not keep: return policy.model.base_model(input_ids=ids, use_cache=False).last_hidden_state, None
+    keys, past = at.masked_fill(at < 0, _FAR), {}
+    if before is not None:
+        rows = torch.tensor([before.branches.index(b.parent) for b in part if b.parent is not None], device=at.device)
+        old = before.at[rows]
+        width = int((old < _FAR).any(0).nonzero().max()) + 1
+        past = {n: (k[:, :, :width].index_select(0, rows), v[:, :, :width].index_select(0, rows)) for n, (k, v) in before.kv.items()}
+        keys = torch.cat([old[:, :width], keys], 1)
+    cache, back = _joined_class()(past), at.clamp(min=0)[:, :, None] - keys[:, None]
+    hidden = policy.model.base_model(input_ids=ids, position_ids=at.clamp(min=0), attention_mask=_by_layer(back >= 0, back, policy._layers, policy._window, policy._mask_like),
+                                     past_key_values=cache, use_cache=True).last_hidden_state
+    return hidden, _Read(part, cache.kv, keys) if keep else None
+
+# %% ../nbs/01_policy.ipynb #33144836
+def _tree_states(policy: Policy, tree: Sequence[Branch], wanted: dict[Branch, np.ndarray]) -> tuple[Tensor, dict[Branch, int]]:
+    "Hidden states [M, D] at the wanted offsets of each branch, and where in M those of each branch begin."
+    parents, kept = {b.parent for b in tree}, dict[Branch | None, _Read | None]([(None, None)])
+    states, first, n = [], {}, 0
+    for level in range(max(b.level for b in tree) + 1):
+        groups: dict[_Read | None, list[Branch]] = {}
+        for b in tree:
+            if b.level == level: groups.setdefault(kept[b.parent], []).append(b)
+        for before, part in ((before, part) for before, some in groups.items() for part in _batches_of(some)):
+            hidden, read = _read_branches(policy, part, before, any(b in parents for b in part))
+            for b in part: kept[b], first[b] = read, n; n += len(wanted[b])
+            at = np.concatenate([i * hidden.shape[1] + wanted[b] for i, b in enumerate(part)])
+            states.append(hidden.flatten(0, 1)[torch.from_numpy(at).to(hidden.device)])
+    return torch.cat(states), first
+
+# %% ../nbs/01_policy.ipynb #a2985874
+@lru_cache
+def _say_once(text: str) -> None:
+    logging.getLogger(__name__).warning(text)
+
+def _shares(policy: Policy) -> bool:
+    "Can rows of this policy share what they have in common?"
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    how, model = policy.model.config._attn_implementation, policy.model
+    light = model.training and any(m.gradient_checkpointing for m in model.modules() if isinstance(m, GradientCheckpointingLayer))
+    why = f'attention {how!r} takes no mask from outside' if how not in ('sdpa', 'eager') else 'gradient checkpointing keeps no keys and values' if light else ''
+    if why: _say_once(f'prefixes are read once for each row: {why}')
+    return not why
+
+# %% ../nbs/01_policy.ipynb #1b4bcba8
+def states_before(
+    policy: Policy,            # whose hidden states
+    ids: Tensor,               # [B, T] token ids, padded on the right with anything
+    mask: Tensor,              # [B, T] 1 where a token's state is wanted; column 0 cannot be
+    share: bool = True,        # read what rows have in common once
+) -> tuple[Tensor, Tensor]:    # (states [M, D], index [N] into them): the state that predicts each of the N wanted tokens, row by row
+    "The last hidden states before some tokens."
+    if bool(mask[:, 0].any()): raise DataError('the first token of a row is in the mask — nothing precedes it, so it has no probability; start the mask at column 1')
+    want = mask.bool().cpu().numpy()
+    ends = np.where(want.any(1), want.shape[1] - 1 - want[:, ::-1].argmax(1), 0)  # what follows the last wanted token is not read
+    tree = prefix_tree([tuple(r[:n]) for r, n in zip(ids.tolist(), ends)], 64 if share and _shares(policy) else sys.maxsize)
+    if not tree: return policy.model.get_input_embeddings().weight[:0], torch.zeros(0, dtype=torch.long, device=policy.device)
+    number = dict(zip(tree, np.cumsum([0, *(len(b.ids) for b in tree)]).tolist()))  # of each branch's first token, among all
+    source = np.zeros(want.shape, np.int64)
+    for b in tree: source[b.rows, b.start + 1:b.start + 1 + len(b.ids)] = np.arange(number[b], number[b] + len(b.ids))
+    used = np.zeros(sum(len(b.ids) for b in tree), bool); used[source[want]] = True
+    wanted = {b: np.flatnonzero(used[number[b]:number[b] + len(b.ids)]) for b in tree}
+    states, first = _tree_states(policy, tree, wanted)
+    place = np.zeros(len(used), np.int64)
+    for b in tree: place[number[b] + wanted[b]] = first[b] + np.arange(len(wanted[b]))
+    return states, torch.from_numpy(place[source[want]]).to(states.device)
+
+# %% ../nbs/01_policy.ipynb #d37cbf65
+class _Chosen(torch.autograd.Function):
+    "Log-probabilities of chosen tokens, several of a row or none, and the rows' entropies."
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, row: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
+        logp = logits.log_softmax(-1)
+        h = -(logp.exp() * logp.clamp(min=-100)).sum(-1) if entropy else logp.new_zeros(len(logp))
+        ctx.save_for_backward(logp, row, ids, h)
+        ctx.entropy = entropy
+        return logp[row, ids], h
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_h: Tensor) -> tuple[Tensor, None, None, None]:
+        logp, row, ids, h = ctx.saved_tensors
+        pull = -torch.zeros_like(h).index_add_(0, row, grad)[:, None]
+        if ctx.entropy: pull = pull - (logp.clamp(min=-100) + h[:, None]) * grad_h[:, None]
+        return logp.exp().mul_(pull).index_put_((row, ids), grad, accumulate=True), None, None, None
+
+# %% ../nbs/01_policy.ipynb #3b461558
+_PIECE, _KEPT = 2**20, 2**26  # logits made at a time (of 128 states at least), and logits kept for the way back
+
+def _head(policy: Policy, states: Tensor, index: Tensor, ids: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
+    "Log-probability [N] of each token under the state it belongs to, and the entropy [N] there."
+    head, order = policy.model.get_output_embeddings(), torch.argsort(index, stable=True)
+    vocab = policy.model.config.get_text_config().vocab_size
+    def piece(h: Tensor, row: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        z = head(h)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        return _Chosen.apply(z if temperature == 1 else z / temperature, row, chosen, entropy)
+    k = max(128, _PIECE // vocab)
+    cuts = torch.searchsorted(index[order], torch.arange(0, len(states) + k, k, device=index.device)).tolist()
+    again = len(states) * vocab > _KEPT and torch.is_grad_enabled()
+    parts = []
+    for i, (lo, hi) in enumerate(zip(cuts, cuts[1:])):
+        args = states[i * k:(i + 1) * k], index[order[lo:hi]] - i * k, ids[order[lo:hi]]
+        parts.append(checkpoint(piece, *args, use_reentrant=False) if again else piece(*args))
+    back = torch.argsort(order)
+    return torch.cat([lp for lp, _ in parts])[back], torch.cat([h for _, h in parts])[index]
+
+# %% ../nbs/01_policy.ipynb #3cf997ad
 def sequence_logps(
     policy: Policy,           # whose probabilities
     ids: Tensor,              # [B, T] token ids, padded on the right with anything
     mask: Tensor,             # [B, T] 1 where a log-probability is wanted; column 0 cannot be
     temperature: float = 1.0, # logits are divided by it, as in sampling
-) -> tuple[Tensor, Tensor]:   # (log-probabilities, entropies), each [B, T] in float32 or better, nats, 0 where mask is 0
+    entropy: bool = False,    # whether entropies are wanted too
+    share: bool = True,       # read what rows have in common once
+) -> tuple[Tensor, Tensor]:   # (log-probabilities, entropies), each [B, T] in float32 or better, nats, 0 where mask is 0; entropies 0 unless wanted
     "Log-probability of each chosen token given those before it, and the entropy there."
-    if bool(mask[:, 0].any()): raise DataError('the first token of a row is in the mask — nothing precedes it, so it has no probability; start the mask at column 1')
-    ids, want = ids.to(policy.device), mask.to(policy.device).bool()
-    hidden = policy.model.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
-    z = policy.model.get_output_embeddings()(hidden[want[:, 1:]])
-    z = z.to(torch.promote_types(z.dtype, torch.float32)) / temperature
-    logp = torch.log_softmax(z, -1)
-    chosen = logp.gather(-1, ids[want][:, None]).squeeze(-1)
-    entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
-    zero = torch.zeros(ids.shape, dtype=z.dtype, device=policy.device)
-    return zero.masked_scatter(want, chosen), zero.masked_scatter(want, entropy)
+    states, index = states_before(policy, ids, mask, share)
+    want = mask.bool()
+    logps, h = _head(policy, states, index, ids[want].to(policy.device), temperature, entropy)
+    zero = torch.zeros(ids.shape, dtype=logps.dtype, device=policy.device)
+    return zero.masked_scatter(want.to(policy.device), logps), zero.masked_scatter(want.to(policy.device), h)
 
 # %% ../nbs/01_policy.ipynb #872bc712
 def check_head(

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .core import ConfigError, DataError, NotTrained, Record, Scenario, Segment, StateSetError, Trajectory, TrajectoryGroup, check_keys, progress_bar, run_sync, stream, write_text
-from .policy import Policy, check_head, load_policy, new_folder, pad_rows, save_policy, sequence_logps
+from .policy import Policy, check_head, load_policy, new_folder, pad_rows, save_policy, sequence_logps, shared_prefix, states_before
 from .agents import Agent, PolicyBackend
 from .rewards import RewardFunction
 from .environments import ConversationEnvironment, Environment, rollouts
@@ -81,7 +81,7 @@ class TrainingConfig(Record):
     gae_lambda: float = 0.95          # how far 'gae' looks before it trusts the value head; 1 looks to the end
     value_learning_rate: float = 1e-2 # of Adam on the value head, for 'gae'
     mask_truncated_completions: bool = False  # learn nothing from episodes that were cut; they still count in the baseline
-    micro_batch_tokens: int = 8192    # padded tokens of one forward and backward pass
+    micro_batch_tokens: int = 8192    # tokens of one forward and backward pass, those in common counted once
     rollout_limit: int = 256          # episodes in flight
     seed: int = 0                     # of scenarios and sampling
     eval_steps: int = 0               # rounds between calls of `evaluate`; 0 never
@@ -216,13 +216,15 @@ R = TypeVar('R', Row, Segment)
 # %% ../nbs/32_trainers.ipynb #277ff548
 def micro_batches(
     rows: Sequence[R],  # rows, or segments, in any order
-    max_tokens: int,    # padded tokens of a batch; a longer row stands alone
-) -> list[list[R]]:     # rows of like length together, longest first
-    "Rows cut into batches that waste little on padding."
+    max_tokens: int,    # tokens of a batch, those in common counted once; a longer row stands alone
+) -> list[list[R]]:     # rows that begin alike together
+    "Rows cut into batches that share what they can."
     res: list[list[R]] = []
-    for r in sorted(rows, key=lambda r: -len(r.ids)):
-        if res and (len(res[-1]) + 1) * len(res[-1][0].ids) <= max_tokens: res[-1].append(r)
-        else: res.append([r])
+    room = 0
+    for r in sorted(rows, key=lambda r: r.ids):
+        room -= len(r.ids) - (shared_prefix(res[-1][-1].ids, r.ids) if res else 0)
+        if not res or room < 0: res.append([]); room = max_tokens - len(r.ids)
+        res[-1].append(r)
     return res
 
 # %% ../nbs/32_trainers.ipynb #a3b2e6c3
@@ -231,6 +233,11 @@ def _one_a_row(adv: Tensor, mask: Tensor) -> Tensor:
     low, high = adv.masked_fill(mask == 0, math.inf).amin(-1), adv.masked_fill(mask == 0, -math.inf).amax(-1)
     if bool((high > low).any()): raise ConfigError("importance_sampling_level='sequence' has one ratio a row, turn_credit='turn' several advantages — use turn_credit='outcome'")
     return torch.where(torch.isfinite(high), high, 0)
+
+# %% ../nbs/32_trainers.ipynb #2eb9f6e6
+def _loss_settings(c: TrainingConfig) -> dict[str, Any]:
+    "What of a config the loss is made with."
+    return {'level': c.importance_sampling_level} | {k: c.__dict__[k] for k in ('epsilon', 'epsilon_high', 'beta', 'kl', 'loss_type', 'max_completion_length')}
 
 # %% ../nbs/32_trainers.ipynb #a095e681
 def backward(
@@ -244,21 +251,19 @@ def backward(
 ) -> tuple[float, dict[str, Tensor], list[Tensor]]:  # (share of the loss, metrics as sums and counts, log-probabilities [T] of each row)
     "Loss and gradient of one micro-batch."
     ids, mask = pad_rows([r.ids for r in rows]), pad_rows([r.mask for r in rows])
-    logps, entropy = sequence_logps(policy, ids, mask, config.temperature)
+    logps, _ = sequence_logps(policy, ids, mask, config.temperature)
     adv = pad_rows([r.advantages for r in rows], dtype=logps.dtype).to(logps.device)
     mask = mask.to(logps.device)
     ref = None
     if reference is not None:
         with torch.no_grad(): ref, _ = sequence_logps(reference, ids, mask, config.temperature)
     old = None if old_logps is None else nn.utils.rnn.pad_sequence(list(old_logps), batch_first=True)
-    level = config.importance_sampling_level
-    if level == 'sequence': adv = _one_a_row(adv, mask)
-    loss, metrics = grpo_loss(logps, old, ref, adv, mask, epsilon=config.epsilon, epsilon_high=config.epsilon_high, beta=config.beta, kl=config.kl, loss_type=config.loss_type,
-                              level=level, n_sequences=n_sequences, n_tokens=n_tokens, max_completion_length=config.max_completion_length)
+    if config.importance_sampling_level == 'sequence': adv = _one_a_row(adv, mask)
+    loss, metrics = grpo_loss(logps, old, ref, adv, mask, n_sequences=n_sequences, n_tokens=n_tokens, **_loss_settings(config))
     if not torch.isfinite(loss): raise StateSetError(f'the loss is {loss.item()} — weights or rewards are broken — go back to the last checkpoint with a smaller learning_rate')
     loss.backward()
     played = pad_rows([r.logps for r in rows], dtype=torch.float32).to(logps.device)
-    metrics |= {'entropy': sum_and_count(entropy, mask), 'sampling/sampling_logp_difference/mean': sum_and_count((logps.detach() - played).abs(), mask)}
+    metrics['sampling/sampling_logp_difference/mean'] = sum_and_count((logps.detach() - played).abs(), mask)
     return loss.item(), metrics, [lp[:len(r.ids)] for lp, r in zip(logps.detach(), rows)]
 
 # %% ../nbs/32_trainers.ipynb #8059eb75
@@ -271,8 +276,11 @@ def turn_features(
     "What the policy knows just before each of its turns."
     at: dict[int, Tensor] = {}
     for batch in micro_batches([s for t in trajectories for s in t.segments], max_tokens):
-        hidden = policy.model.base_model(input_ids=pad_rows([s.ids for s in batch]).to(policy.device), use_cache=False).last_hidden_state
-        at |= {id(s): h[[lo - 1 for lo, _ in s.turn_spans]].float().cpu() for s, h in zip(batch, hidden)}
+        first = [[0] * len(s.ids) for s in batch]
+        for f, s in zip(first, batch):
+            for lo, _ in s.turn_spans: f[lo] = 1
+        states, index = states_before(policy, pad_rows([s.ids for s in batch]), pad_rows(first))
+        at |= {id(s): h for s, h in zip(batch, states[index].float().cpu().split([len(s.turn_spans) for s in batch]))}
     size = policy.model.config.get_text_config().hidden_size
     return [torch.cat([torch.zeros(0, size), *(at[id(s)] for s in t.segments)]) for t in trajectories]
 
@@ -455,6 +463,12 @@ def _learn_values(policy: Policy, head: ValueHead, groups: Sequence[TrajectoryGr
     return values, {'value/loss': loss} | ({'value/explained_variance': 1 - (missed.var() / came.var()).item()} if len(came) > 1 and came.var() > 0 else {})
 
 # %% ../nbs/32_trainers.ipynb #c2afe105
+def _nothing_clipped(rows: Sequence[Row], config: TrainingConfig) -> dict[str, Tensor]:
+    "The metrics of skipped rows."
+    mask = pad_rows([r.mask for r in rows])
+    return grpo_loss(torch.zeros(mask.shape), None, None, torch.zeros(len(rows)), mask, **_loss_settings(config) | {'beta': 0.})[1]
+
+# %% ../nbs/32_trainers.ipynb #6e533bf4
 def learn(
     policy: Policy,                      # its weights are moved
     reference: Policy | None,            # for the KL term
@@ -469,17 +483,17 @@ def learn(
     rows = [r for r in make_rows(groups, config, values) if any(r.mask)]
     n_sequences, n_tokens = max(len(rows), 1), max(sum(sum(r.mask) for r in rows), 1)
     todo = [r for r in rows if config.beta or config.loss_type == 'bnpo' or any(r.advantages)]  # bnpo divides by the tokens at hand, so it must see them all
+    idle = [] if len(todo) == len(rows) else [_nothing_clipped([r for r in rows if not any(r.advantages)], config)]
     old: dict[int, Tensor] = {}
     res: dict[str, float] = {}
-    policy.model.train()
     for it in range(config.num_iterations):
-        parts, total = [], 0.
+        parts, total = [*idle], 0.
         for batch in micro_batches(todo, config.micro_batch_tokens):
             loss, metrics, logps = backward(policy, batch, [old[id(r)] for r in batch] if it else None, reference, config, n_sequences, n_tokens)
             if not it: old.update({id(r): lp for r, lp in zip(batch, logps)})
             parts.append(metrics); total += loss
         res = mean_metrics(parts) | {'loss': total, 'grad_norm': _move(policy, optimizer, learning_rate_at(step, config), config.max_grad_norm)}
-    policy.model.eval(); policy.updated()
+    policy.updated()
     return res | seen
 
 # %% ../nbs/32_trainers.ipynb #af7f5602
@@ -625,10 +639,11 @@ class _Rounds(_Resumable):
 
     async def _round(self, policy: Policy, turned: dict[str, float]) -> dict[str, float]:
         "Play, learn, evaluate, record."
-        times = [time.perf_counter()]
+        times, engine = [time.perf_counter()], policy.engine
+        drawn, entropy = engine.drawn, engine.entropy
         groups = await self.play()
         times.append(time.perf_counter())
-        metrics = play_metrics(groups) | learn(policy, self.reference, self.optimizer, groups, self.settings, self.step, self.head)
+        metrics = play_metrics(groups) | {'entropy': (engine.entropy - entropy) / max(engine.drawn - drawn, 1)} | learn(policy, self.reference, self.optimizer, groups, self.settings, self.step, self.head)
         times.append(time.perf_counter())
         metrics |= {'learning_rate': learning_rate_at(self.step, self.settings), 'time/rollout': times[1] - times[0], 'time/update': times[2] - times[1]} | {f'knobs/{k}': v for k, v in turned.items()}
         self.step += 1

@@ -298,3 +298,13 @@ def test_three_rounds_are_what_is_written_out(name):
     for (loss, norm, _), theirs in figures: assert abs(loss - theirs['loss']) < digits and abs(norm - theirs['grad_norm']) < 10 * digits
     assert any(t.error for t in played) and any(t.truncated for t in played) and {len(t.turn_rewards) for t in played} >= {1, 2, 3}, 'the talks have something to get wrong'
     assert sum(s for (_, _, s), _ in figures) > 0 and max(norm for (_, norm, _), _ in figures) > c.max_grad_norm, 'the clip and the limit were at work'
+
+
+def test_the_entropy_of_a_round_is_that_of_all_its_tokens():
+    "Also of those that teach nothing, since all groups agree."
+    policy = policy_of(ARMS, range(ARMS))
+    trainer = SingleTurnGRPOTrainer(agent_of(policy), Bandit({(a,): (1., None) for a in range(ARMS)}), config=replace(BOLD, num_episodes=1), scenarios=starts(4))
+    with torch.no_grad(): lp = policy.model(torch.tensor([[0]])).logits[0, 0].log_softmax(-1)
+    async def go(): return [m async for m in trainer.steps()]
+    m, = soon(go())
+    assert abs(m['entropy'] - float(-(lp.exp() * lp).sum())) < 1e-6 and m['clip_ratio/region_mean'] == 0

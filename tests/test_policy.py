@@ -7,7 +7,7 @@ from stateset_nb.agents import Agent, AgentConfig, PolicyBackend, Reply
 from stateset_nb.core import BackendError, ConfigError, Conversation, DataError, Message, SampledTokens, ToolCall, demo_conversations, run_sync
 from stateset_nb.environments import _Recorder, support_desk_logs
 from stateset_nb.policy import (CompactFormat, Policy, SamplingParams, TemplateFormat, TinyConfig, _corpus, clone_conversations, conversation_tokens,
-                                load_policy, make_tokenizer, pad_rows, pick_tokens, save_policy, sequence_logps, tiny_model, tiny_policy)
+                                load_policy, make_tokenizer, pad_rows, pick_tokens, prefix_tree, save_policy, sequence_logps, tiny_model, tiny_policy)
 
 MARKS = ''.join(map(chr, range(0xE000, 0xE03C)))  # the tokenizer writes digits with them
 LOGS = support_desk_logs(12, 0)
@@ -411,6 +411,103 @@ def test_models_of_other_shapes_speak_with_their_own_probabilities(name):
     assert torch.allclose(lp[0, len(ids):], torch.tensor(s.logps), atol=1e-5)
     with pytest.raises(BackendError): soon(pol.sample([3] * (128 + 1), SamplingParams(2)))
 
+# What rows have in common
+
+@st.composite
+def families(draw, length=40):
+    "Rows that go on from one another at some depths, and a mask of some of their tokens."
+    rows = [draw(st.lists(st.integers(5, 7), min_size=2, max_size=length))]
+    for _ in range(draw(st.integers(0, 7))):
+        old = draw(st.sampled_from(rows))
+        rows.append((old[:draw(st.integers(1, len(old)))] + draw(st.lists(st.integers(5, 7), min_size=1, max_size=length)))[:2 * length])
+    return rows, [[0, *draw(st.lists(st.integers(0, 1), min_size=len(r) - 1, max_size=len(r) - 1))] for r in rows]
+
+@given(families(), st.integers(1, 30))
+def test_a_tree_is_its_rows_and_reads_no_token_too_often(family, least):
+    rows, _ = family
+    tree = prefix_tree([*map(tuple, rows)], least)
+    back = [()] * len(rows)
+    for b in tree:
+        assert b.ids and all(len(back[r]) == b.start for r in b.rows)
+        for r in b.rows: back[r] += b.ids
+        if b.parent is not None: assert set(b.rows) <= set(b.parent.rows) and b.level == b.parent.level + 1
+    assert back == [*map(tuple, rows)]
+    assert all((sum(c.parent is b for c in tree) + any(len(rows[r]) == b.start + len(b.ids) for r in b.rows) - 1) * len(b.ids) >= least for b in tree if any(c.parent is b for c in tree))
+    assert sum(len(b.ids) for b in prefix_tree([*map(tuple, rows)], 1)) == len({tuple(r[:i + 1]) for r in rows for i in range(len(r))})
+
+def plainly(policy, rows, masks, temperature):
+    "Log-probabilities and entropies by one pass over each row alone, in the order of the rows."
+    out = []
+    for r, m in zip(rows, masks):
+        z = (policy.model(input_ids=torch.tensor([r]), use_cache=False).logits[0, :-1] / temperature).log_softmax(-1)
+        keep = torch.tensor(m[1:]).bool()
+        out.append((z.gather(-1, torch.tensor(r[1:])[:, None])[keep, 0], -(z.exp() * z).sum(-1)[keep]))
+    return torch.cat([lp for lp, _ in out]), torch.cat([h for _, h in out])
+
+def two_ways(policy, rows, masks, temperature=1., **kw):
+    "(log-probabilities, entropies, gradient) as a tree and row by row; what is differentiated weighs every token differently."
+    res = []
+    for tree in (True, False):
+        policy.model.zero_grad()
+        if tree:
+            mask = pad_rows(masks)
+            lp, h = (x[mask.bool()] for x in sequence_logps(policy, pad_rows(rows, 3), mask, temperature, entropy=True, **kw))
+        else: lp, h = plainly(policy, rows, masks, temperature)
+        w = torch.linspace(-1, 2, len(lp), dtype=lp.dtype)
+        (lp @ w + h @ w.flip(0)).backward()
+        res.append((lp.detach(), h.detach(), torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])))
+    return res
+
+@pytest.mark.parametrize('name', other_models())
+@pytest.mark.parametrize('how', ['sdpa', 'eager'])
+def test_a_tree_has_the_probabilities_and_the_gradient_of_its_rows(name, how, monkeypatch):
+    "In float64 (but for the norms of these models, which are float32): models with windows, experts, learnt positions; every depth of branching has its pass."
+    torch.manual_seed(0)
+    model = other_models()[name]()
+    if name != 'mixtral': model.double()  # its experts have no float64
+    model.set_attn_implementation(how)
+    with torch.no_grad():
+        for p in model.parameters(): p.mul_(4 if p.dim() > 1 else 1)
+    policy, shapes = fresh(model), []
+    real = prefix_tree
+    monkeypatch.setattr('stateset_nb.policy.prefix_tree', lambda rows, least: shapes.append(real(rows, min(least, 4))) or shapes[-1])
+    @settings(max_examples=8)
+    @given(families(), st.sampled_from([1., .7]))
+    def check(family, temperature):
+        rows, masks = family
+        if not any(map(any, masks)): return
+        for a, b in zip(*two_ways(policy, rows, masks, temperature)): assert (a - b).norm() <= 1e-6 * max(b.norm(), 1)
+    check()
+    assert max(b.level for t in shapes for b in t) >= 2
+
+def test_in_float32_it_is_the_same_to_a_millionth(pol):
+    rng = np.random.default_rng(0)
+    rows = [[*p, *rng.integers(5, 200, n)] for p in (rng.integers(5, 200, 90).tolist(), rng.integers(5, 200, 70).tolist()) for n in (20, 30, 7, 64)]
+    masks = [[0] * 70 + [1] * (len(r) - 70) for r in rows]
+    (lp, h, g), (lp2, h2, g2) = two_ways(pol, rows, masks)
+    assert (lp - lp2).abs().max() < 1e-5 and (h - h2).abs().max() < 1e-5 and (g - g2).norm() < 1e-6 * g2.norm()
+
+def test_logits_in_pieces_and_made_again_are_the_same(pol, monkeypatch):
+    import stateset_nb.policy as module
+    rng = np.random.default_rng(1)
+    rows = [[5, 6, 7, *rng.integers(5, 200, 300)] for _ in range(3)]
+    masks = [[0, 0, *[1] * 301]] * 3
+    whole = two_ways(pol, rows, masks)[0]
+    calls, real = [], module.checkpoint
+    monkeypatch.setattr(module, '_PIECE', 1); monkeypatch.setattr(module, '_KEPT', 0)
+    monkeypatch.setattr(module, 'checkpoint', lambda *a, **k: calls.append(1) or real(*a, **k))
+    pieces = two_ways(pol, rows, masks)[0]
+    assert len(calls) > 3 and (pieces[0] - whole[0]).abs().max() < 1e-6 and (pieces[2] - whole[2]).norm() < 1e-6 * whole[2].norm()
+
+def test_where_nothing_can_be_shared_it_is_said_once(caplog):
+    import stateset_nb.policy as module
+    module._say_once.cache_clear()
+    p, rows, masks = fresh(), [[*range(5, 80), i, 9] for i in (5, 6, 7)], [[0] * 75 + [1, 1]] * 3
+    p.model.gradient_checkpointing_enable(); p.model.train()
+    for _ in range(2): a, b = two_ways(p, rows, masks)
+    assert [r.message for r in caplog.records] == ['prefixes are read once for each row: gradient checkpointing keeps no keys and values']
+    assert (a[2] - b[2]).norm() < 1e-6 * b[2].norm()
+
 def test_models_without_keys_and_values_are_refused():
     import transformers as tf
     with pytest.raises(BackendError, match='recurrent'): fresh(tf.MambaForCausalLM(tf.MambaConfig(vocab_size=len(TK), hidden_size=16, num_hidden_layers=1, state_size=4)))
@@ -424,7 +521,7 @@ def test_filtered_draws_have_the_filtered_frequencies():
     n = 20_000
     u, one = torch.rand(n, generator=torch.Generator().manual_seed(1)), torch.ones(n)
     for kw, keep in (({'top_k': 2}, 2), ({'top_p': .65}, 2), ({'top_p': .71}, 3), ({'top_k': 4, 'top_p': .9}, 3), ({'top_k': 9}, 5), ({'top_p': 1e-9}, 1)):
-        x, logp = pick_tokens(p.log().expand(n, 5), u, one, **{k: torch.full((n,), v) for k, v in kw.items()})
+        x, logp, _ = pick_tokens(p.log().expand(n, 5), u, one, **{k: torch.full((n,), v) for k, v in kw.items()})
         want = p[:keep] / p[:keep].sum()
         assert torch.allclose(x.bincount(minlength=5)[:keep] / n, want, atol=.012) and x.max() < keep
         assert torch.allclose(logp.exp(), want[x], atol=1e-5)
@@ -432,12 +529,12 @@ def test_filtered_draws_have_the_filtered_frequencies():
 @pytest.mark.parametrize('u', [0., 1 - 2**-24, 1.])
 def test_the_last_uniform_draws_a_token_that_can_be_drawn(u):
     z = torch.randn(64, 1000, generator=torch.Generator().manual_seed(0)) * 3
-    x, logp = pick_tokens(z, torch.full((64,), u), torch.ones(64), top_k=torch.full((64,), 3))
+    x, logp, _ = pick_tokens(z, torch.full((64,), u), torch.ones(64), top_k=torch.full((64,), 3))
     assert torch.isfinite(logp).all() and int(x.max()) < 1000
 
 def test_temperature_zero_takes_the_likeliest_and_settings_are_checked():
     z = torch.tensor([[0., 3., 1.], [0., 3., 1.]])
-    x, logp = pick_tokens(z, torch.tensor([.99, .99]), torch.tensor([0., 1.]))
+    x, logp, _ = pick_tokens(z, torch.tensor([.99, .99]), torch.tensor([0., 1.]))
     assert x.tolist() == [1, 2] and torch.allclose(logp, z.log_softmax(-1)[[0, 1], x])
     for bad in ({'max_tokens': 0}, {'max_tokens': 2.5}, {'max_tokens': True}, {'temperature': -1}, {'temperature': math.nan}, {'temperature': math.inf}, {'top_p': 0}, {'top_p': 1.1}, {'top_p': math.nan},
                 {'top_k': -1}, {'top_k': 1.5}, {'seed': -1}, {'seed': 1.5}):
