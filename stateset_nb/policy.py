@@ -8,7 +8,7 @@ import asyncio, contextvars, itertools, json, logging, math, os, re, shutil, sys
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.encode = lru_cache(65536)(lambda s: tuple(tokenizer(s, add_special_tokens=False)['input_ids']))
 
-    @property
+    @cached_property
     def end_ids(self) -> tuple[int, ...]:
         "The tokens that end a turn."
         return (self.tokenizer.eos_token_id,)
@@ -236,7 +236,7 @@ class TemplateFormat(ChatFormat):
         try: self.calls = self.parse(self.reply_ids(call, [Message('user', 'u')])).tool_calls == call.tool_calls
         except BackendError: self.calls = False
 
-    @property
+    @cached_property
     def end_ids(self) -> tuple[int, ...]:
         "The tokens that end a turn."
         return self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids(self.end)
@@ -346,7 +346,7 @@ def pick_tokens(
     total = cdf[:, -1:]
     below = torch.nextafter(total, torch.zeros_like(total))  # a u that rounds to 1 must not land behind the last possible token
     drawn = torch.searchsorted(cdf, torch.minimum(u[:, None] * total, below), right=True).squeeze(-1).clamp(max=z.shape[-1] - 1)
-    x = torch.where(greedy, logits.argmax(-1), drawn)
+    x = torch.where(greedy, logits.argmax(-1), drawn) if bool(greedy.any()) else drawn
     return x, logp.gather(-1, x[:, None]).squeeze(-1), -(p * logp).nansum(-1)  # 0 x -inf, of a token left out, counts nothing
 
 # %% ../nbs/01_policy.ipynb #2e7da9c1
@@ -370,11 +370,12 @@ def _cache_class() -> type:
         def __init__(self) -> None:
             super().__init__(layers=[])
             self.k: dict[int, Tensor] = {}; self.v: dict[int, Tensor] = {}  # layer -> [slots, heads, columns, width]
-            self.rows: slice | Tensor = slice(0, 0); self.cols = torch.zeros(0); self.width = 0; self.n_slots = 0
+            self.rows: slice | Tensor = slice(0, 0); self.cols = self.each = torch.zeros(0); self.width = 0; self.n_slots = 0
 
         def plan(self, rows: slice | Tensor, cols: Tensor, width: int, n_slots: int) -> None:
             "Say which slots [R] and columns [R, T] the next pass writes, and how many columns it reads."
             self.rows, self.cols, self.width, self.n_slots = rows, cols, width, n_slots
+            self.each = torch.arange(len(cols), device=cols.device)
 
         def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             "Write this pass's keys and values [R, heads, T, width]; return those it attends over."
@@ -382,7 +383,7 @@ def _cache_class() -> type:
             for store, new in ((self.k, key_states), (self.v, value_states)):
                 buf = store[layer_idx] = _grown(store.get(layer_idx), new, self.n_slots, self.width)
                 if isinstance(self.rows, slice):
-                    buf[torch.arange(new.shape[0], device=new.device), :, self.cols[:, 0]] = new[:, :, 0]
+                    buf[self.each, :, self.cols[:, 0]] = new[:, :, 0]
                     res.append(buf[self.rows, :, :self.width])
                 else:
                     buf[self.rows[:, None], :, self.cols] = new.transpose(1, 2)
