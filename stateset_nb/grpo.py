@@ -5,16 +5,18 @@
 # %% ../nbs/31_grpo.ipynb #1342a37a
 from __future__ import annotations
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['LEVELS', 'KL_KINDS', 'LOSS_TYPES', 'agreeing_groups', 'group_advantages', 'pad_turns', 'returns_to_go',
-           'turn_advantages', 'gae_advantages', 'turns_to_tokens', 'gdpo_advantages', 'selected_logps',
+__all__ = ['SCALES', 'LEVELS', 'SAMPLER_MODES', 'KL_KINDS', 'LOSS_TYPES', 'agreeing_groups', 'group_advantages', 'kept_groups',
+           'soft_overlong_punishment', 'pad_turns', 'returns_to_go', 'turn_advantages', 'number_states',
+           'anchor_advantages', 'gae_advantages', 'turns_to_tokens', 'gdpo_advantages', 'selected_logps',
            'entropy_from_logits', 'sum_and_count', 'mean_metrics', 'log_ratio', 'clipped_surrogate', 'clipped_tokens',
-           'cispo_surrogate', 'kl_estimate', 'kl_penalty', 'aggregate', 'grpo_loss']
+           'cispo_surrogate', 'sapo_surrogate', 'sampler_weights', 'sampler_metrics', 'kl_estimate', 'kl_penalty',
+           'adapt_beta', 'aggregate', 'grpo_loss']
 
 # %% ../nbs/31_grpo.ipynb #0c935179
 def _reward_rows(rewards: Tensor | Sequence[Sequence[float | None]]) -> Tensor:
@@ -42,22 +44,52 @@ def agreeing_groups(
     return ~(high > low).squeeze(-1)
 
 # %% ../nbs/31_grpo.ipynb #7e6afcfc
+SCALES = ('group', 'batch', 'none')
+
+def _scale_word(scale: bool | str) -> str:
+    "What advantages are divided by, as one of `SCALES`."
+    word = scale if isinstance(scale, str) else 'group' if scale else 'none'
+    if word not in SCALES: raise ValueError(f'scale={scale!r} — expected one of {", ".join(SCALES)}, or True for the first and False for the last')
+    return word
+
+# %% ../nbs/31_grpo.ipynb #478565a9
 def group_advantages(
     rewards: Tensor | Sequence[Sequence[float | None]],  # [P, G] one score per answer; None or NaN where it was lost
     eps: float = 1e-4,           # added to the spread
-    scale: bool = True,          # divide by the group's spread (GRPO) or only centre (Dr. GRPO)
+    scale: bool | str = True,    # one of `SCALES`: divide by the group's spread (True), by the whole batch's, or only centre (False)
     leave_one_out: bool = False, # compare with the siblings only, without oneself (RLOO)
 ) -> Tensor:                     # [P, G] advantage; every row sums to ~0, a lost answer has 0
     "How much better each answer is than its siblings."
-    r = _reward_rows(rewards)
+    kind, r = _scale_word(scale), _reward_rows(rewards)
     seen, (low, high) = ~r.isnan(), _bounds(r)
     n = seen.sum(-1, keepdim=True)
     x = torch.where(seen, r - low, 0)   # counted from the lowest, so equal rewards are exactly 0
     a = torch.where(seen, x - x.sum(-1, keepdim=True) / n.clamp(min=1), 0)
     std = (a.square().sum(-1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
+    if kind == 'batch' and seen.sum() > 1: std = r[seen].std()
     if leave_one_out: a = a * n / (n - 1).clamp(min=1)
-    if scale: a = a / (std + eps)
+    if kind != 'none': a = a / (std + eps)
     return torch.where(high > low, a, 0)
+
+# %% ../nbs/31_grpo.ipynb #f8b15aaa
+def kept_groups(
+    outcomes: Tensor | Sequence[Sequence[float | None]],  # [P, G] what is to be learnt, before any shaping; None or NaN where it was lost
+    number: int | None = None,  # how many groups a step takes; None takes all that teach
+) -> Tensor:  # [P] bool; the first `number` groups that do not agree, in the order they were asked
+    "Which groups dynamic sampling keeps."
+    teaches = ~agreeing_groups(outcomes)
+    return teaches if number is None else teaches & (teaches.cumsum(0) <= number)
+
+# %% ../nbs/31_grpo.ipynb #076884a4
+def soft_overlong_punishment(
+    lengths: Tensor | Sequence[int],  # [...] tokens of each answer
+    max_completion_length: int,       # tokens; the limit that sampling had
+    soft_punish_cache: int,           # tokens before the limit in which the punishment grows
+) -> Tensor:                          # [...] 0 for what is short enough, falling to -1 at the limit
+    "A fine on answers that come near the limit, to be added to their reward."
+    if not 0 <= soft_punish_cache <= max_completion_length: raise ValueError(f'soft_punish_cache={soft_punish_cache} — must be from 0 to max_completion_length={max_completion_length}')
+    n = torch.as_tensor(lengths).to(torch.get_default_dtype())
+    return ((max_completion_length - soft_punish_cache - n) / max(soft_punish_cache, 1)).clamp(-1, 0)
 
 # %% ../nbs/31_grpo.ipynb #1f852c22
 def pad_turns(
@@ -82,26 +114,79 @@ def returns_to_go(
     return out
 
 # %% ../nbs/31_grpo.ipynb #01d58059
+def _played(turn_rewards: Tensor, n_turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    "Rewards with 0 after the end [P, G, K], which turns took place [P, G, K], which episodes count [P, G]."
+    if turn_rewards.dim() != 3 or n_turns.shape != turn_rewards.shape[:2]:
+        raise ValueError(f'turn_rewards are {list(turn_rewards.shape)} and n_turns {list(n_turns.shape)} — expected [P, G, K] and [P, G] — see pad_turns')
+    played = torch.arange(turn_rewards.size(-1), device=turn_rewards.device) < n_turns[..., None]
+    r = torch.where(played, turn_rewards, 0)
+    return r, played, ~r.isnan().any(-1) & (n_turns > 0)
+
+# %% ../nbs/31_grpo.ipynb #673c164e
+def _centred(returns: Tensor) -> Tensor:
+    "Returns [P, G, K] minus the mean at each turn; NaN is left out."
+    return group_advantages(returns.transpose(1, 2).flatten(0, 1), scale=False).unflatten(0, (len(returns), -1)).transpose(1, 2)
+
+def _turn_spread(returns: Tensor, turns: Tensor) -> Tensor:
+    "The spread of returns [P, G, K] in each group [P, 1, 1]; turns [P, G] are 0 where an episode is left out."
+    n, k = ((turns > 0).sum(-1) - 1).clamp(min=1), turns.amax(-1).clamp(min=1)
+    return (_centred(returns).square().sum((1, 2)) / (n * k)).sqrt()[:, None, None]
+
+# %% ../nbs/31_grpo.ipynb #b3b03c0c
 def turn_advantages(
     turn_rewards: Tensor,  # [P, G, K] reward of each turn; what stands after the end is not read
     n_turns: Tensor,       # [P, G] turns of each episode; 0 where it failed
     gamma: float = 1.0,    # discount a turn, 0..1
     eps: float = 1e-4,     # added to the spread
-    scale: bool = True,    # divide by the group's spread, or only centre
+    scale: bool | str = True,  # one of `SCALES`: divide by the group's spread (True), by the whole batch's, or only centre (False)
 ) -> Tensor:               # [P, G, K] advantage of each turn; 0 after the end and in failed or unscored (NaN) episodes
     "How much better each episode went on from a turn than its siblings did."
-    if turn_rewards.dim() != 3 or n_turns.shape != turn_rewards.shape[:2]:
-        raise ValueError(f'turn_rewards are {list(turn_rewards.shape)} and n_turns {list(n_turns.shape)} — expected [P, G, K] and [P, G] — see pad_turns')
-    played = torch.arange(turn_rewards.size(-1), device=turn_rewards.device) < n_turns[..., None]
-    r = torch.where(played, turn_rewards, 0)
-    kept = ~r.isnan().any(-1) & (n_turns > 0)
+    kind, (r, played, kept) = _scale_word(scale), _played(turn_rewards, n_turns)
     ret = returns_to_go(r, gamma).masked_fill(~kept[..., None], math.nan)
-    a = group_advantages(ret.transpose(1, 2).flatten(0, 1), scale=False).unflatten(0, (len(ret), -1)).transpose(1, 2)
-    if scale:
-        n, k = (kept.sum(-1) - 1).clamp(min=1), (n_turns * kept).amax(-1).clamp(min=1)
-        std = (a.square().sum((1, 2)) / (n * k)).sqrt()[:, None, None]
+    a, turns = _centred(ret), n_turns * kept
+    if kind != 'none':
+        std = _turn_spread(ret, turns) if kind == 'group' else _turn_spread(ret.flatten(0, 1)[None], turns.flatten()[None])
         a = torch.where(std > 0, a / (std + eps), 0)
     return torch.where(played & kept[..., None], a, 0)
+
+# %% ../nbs/31_grpo.ipynb #10e2c5ed
+def number_states(
+    states: Sequence[Sequence[Sequence[Hashable] | None]],  # P groups of G episodes: the state each turn began in; None where the episode failed
+) -> Tensor:  # [P, G, K] a number for each state, from 0 in every group; -1 after the end
+    "Ragged states as a tensor of numbers that are equal where the states are."
+    k, rows = max((len(e or ()) for g in states for e in g), default=0), []
+    for group in states:
+        known: dict[Hashable, int] = {}
+        rows.append([[known.setdefault(s, len(known)) for s in e or ()] + [-1] * (k - len(e or ())) for e in group])
+    return torch.tensor(rows)
+
+# %% ../nbs/31_grpo.ipynb #5f796d65
+def _by_state(returns: Tensor, states: Tensor, eps: float, scale: str) -> Tensor:
+    "Each return [G, K] against those of the same state; 0 where it is NaN or alone."
+    s = states.flatten()
+    rows = torch.where(s == s.unique()[:, None], returns.flatten(), math.nan)   # [states, G * K]: the turns of a state are a group with gaps
+    return group_advantages(rows, eps, scale).sum(0).view_as(returns)
+
+# %% ../nbs/31_grpo.ipynb #9c09f842
+def anchor_advantages(
+    turn_rewards: Tensor,  # [P, G, K] reward of each turn; what stands after the end is not read
+    n_turns: Tensor,       # [P, G] turns of each episode; 0 where it failed
+    states: Tensor,        # [P, G, K] the state each turn began in, from 0 (`number_states`); compared within a group
+    gamma: float = 0.95,   # discount a turn, 0..1, of the returns that are compared state by state
+    omega: float = 1.0,    # weight of that comparison beside the one of whole episodes
+    eps: float = 1e-4,     # added to the spreads
+    scale: bool | str = True,  # divide by the spreads of the group and of the state (True), or only centre (False)
+) -> Tensor:               # [P, G, K] advantage of each turn; 0 after the end and in failed or unscored (NaN) episodes
+    "How much better an episode was than its siblings, and each turn than those that began in the same state."
+    kind, (r, played, kept) = _scale_word(scale), _played(turn_rewards, n_turns)
+    if kind == 'batch': raise ValueError("scale='batch' — states are compared within a group — use 'group' or 'none'")
+    if states.shape != r.shape: raise ValueError(f'states are {list(states.shape)} for turn_rewards {list(r.shape)} — expected one for each turn — see number_states')
+    counts = played & kept[..., None]
+    if (states[counts] < 0).any(): raise ValueError('a turn that took place has state -1 — expected a number from 0 — see number_states')
+    whole = group_advantages(r.sum(-1).masked_fill(~kept, math.nan), eps, kind)
+    ret = returns_to_go(r, gamma).masked_fill(~counts, math.nan)
+    steps = torch.stack([_by_state(x, s, eps, kind) for x, s in zip(ret, states)])
+    return torch.where(counts, whole[..., None] + omega * steps, 0)
 
 # %% ../nbs/31_grpo.ipynb #9ae757f6
 def gae_advantages(
@@ -111,17 +196,16 @@ def gae_advantages(
     gamma: float = 1.0,    # discount a turn, 0..1
     lam: float = 0.95,     # 0 trusts the values after one turn, 1 not at all
     eps: float = 1e-4,     # added to the spread
-    scale: bool = True,    # divide by the spread over all turns of the batch
+    scale: bool | str = True,  # one of `SCALES`: 'group' and 'batch' both divide by the spread over all turns of the batch, as no group is compared
 ) -> Tensor:               # [P, G, K] advantage of each turn; 0 after the end and in failed or unscored (NaN) episodes
     "How much better each episode went on from a turn than was expected."
-    if turn_rewards.dim() != 3 or values.shape != turn_rewards.shape or n_turns.shape != turn_rewards.shape[:2]:
-        raise ValueError(f'turn_rewards are {list(turn_rewards.shape)}, values {list(values.shape)} and n_turns {list(n_turns.shape)} — expected [P, G, K] twice and [P, G] — see pad_turns')
-    played = torch.arange(turn_rewards.size(-1), device=turn_rewards.device) < n_turns[..., None]
-    r, v = torch.where(played, turn_rewards, 0), torch.where(played, values, 0)
+    if values.shape != turn_rewards.shape: raise ValueError(f'values are {list(values.shape)} for turn_rewards {list(turn_rewards.shape)} — expected [P, G, K] twice — see pad_turns')
+    r, played, scored = _played(turn_rewards, n_turns)
+    v = torch.where(played, values, 0)
     surprise = r + gamma * torch.cat([v[..., 1:], torch.zeros_like(v[..., :1])], -1) - v
-    kept = played & ~r.isnan().any(-1, keepdim=True)
+    kept = played & scored[..., None]
     a = torch.where(kept, returns_to_go(surprise, gamma * lam), 0)
-    if not scale: return a
+    if _scale_word(scale) == 'none': return a
     n = kept.sum()
     std = (torch.where(kept, a - a.sum() / n.clamp(min=1), 0).square().sum() / (n - 1).clamp(min=1)).sqrt()
     return a / (std + eps)
@@ -224,13 +308,18 @@ def sum_and_count(
     return torch.stack([torch.where(m, x, 0).sum(), m.sum()]).detach()
 
 # %% ../nbs/31_grpo.ipynb #3d47499a
+def _joined(name: str, a: Tensor, b: Tensor) -> Tensor:
+    "Two parts [2] of a metric as one: added, unless its name says that it is an extreme."
+    if not name.endswith(('/min', '/max')): return a + b
+    return torch.stack([torch.minimum(a[0], b[0]) if name.endswith('/min') else torch.maximum(a[0], b[0]), torch.maximum(a[1], b[1])])
+
 def mean_metrics(
     parts: Iterable[dict[str, Tensor]],  # what each micro-batch reported: name to [2], sum and count
-) -> dict[str, float]:                   # name to mean; a name that counted nothing is left out
+) -> dict[str, float]:                   # name to mean, or to the extreme where it ends in '/min' or '/max'; a name that counted nothing is left out
     "The metrics of a whole batch from those of its parts."
     total: dict[str, Tensor] = {}
     for part in parts:
-        for name, v in part.items(): total[name] = total[name] + v if name in total else v
+        for name, v in part.items(): total[name] = _joined(name, total[name], v) if name in total else v
     return {name: s / n for name, (s, n) in ((k, v.tolist()) for k, v in total.items()) if n}
 
 # %% ../nbs/31_grpo.ipynb #410d92a7
@@ -285,6 +374,60 @@ def cispo_surrogate(
     if not epsilon_high >= 1: raise ValueError(f'epsilon_high={epsilon_high} — for cispo it is the ceiling of the ratio itself, at least 1, or it shrinks every gradient — try 5')
     return ratio.detach().clamp(max=epsilon_high) * advantages * logps
 
+# %% ../nbs/31_grpo.ipynb #fd223058
+def sapo_surrogate(
+    ratio: Tensor,                  # [B, T] or [B, 1] probability now over probability when sampled
+    advantages: Tensor,             # broadcasts against `ratio`
+    temperature_pos: float = 1.0,   # where the advantage is positive; higher is a narrower gate
+    temperature_neg: float = 1.05,  # elsewhere
+) -> Tensor:                        # what to maximise, in the broadcast shape
+    "The gain of SAPO: a gate that closes smoothly on both sides of ratio 1."
+    if not (temperature_pos > 0 and temperature_neg > 0): raise ValueError(f'temperatures {temperature_pos} and {temperature_neg} — must be > 0; try 1.0 and 1.05')
+    t = torch.where(advantages > 0, ratio.new_tensor(temperature_pos), ratio.new_tensor(temperature_neg))
+    return (t * (ratio - 1)).sigmoid() * 4 / t * advantages
+
+# %% ../nbs/31_grpo.ipynb #e8560a2e
+SAMPLER_MODES = ('token_truncate', 'token_mask', 'sequence_truncate', 'sequence_mask')
+
+def sampler_weights(
+    old_logps: Tensor,       # [B, T] log-probabilities under the trainer's policy when it was sampled from
+    sampling_logps: Tensor,  # [B, T] the same tokens as the engine that sampled them says; NaN where it does not say
+    mask: Tensor,            # [B, T] 1 where the token was sampled
+    mode: str = 'token_truncate',     # one of `SAMPLER_MODES`
+    clip_max: float | None = 3.0,     # highest weight, C
+    clip_min: float | None = None,    # lowest weight
+) -> Tensor:                 # [B, T], or [B, 1] for the sequence modes; 1 where nothing is known
+    "How much more likely the trainer finds what another engine sampled."
+    if mode not in SAMPLER_MODES: raise ValueError(f'mode={mode!r} — expected one of {", ".join(SAMPLER_MODES)}')
+    if clip_min is not None and clip_max is not None and not clip_min < clip_max: raise ValueError(f'clip_min={clip_min} — must be below clip_max={clip_max}')
+    if clip_min is None and clip_max is None: raise ValueError('neither clip_max nor clip_min — expected at least one bound for the weights — try clip_max=3')
+    d = torch.where(mask.bool() & ~sampling_logps.isnan(), old_logps - sampling_logps, 0).detach()
+    if mode.startswith('sequence'): d = d.sum(-1, keepdim=True)
+    w, low, high = d.clamp(-20, 20).exp(), 0. if clip_min is None else clip_min, math.inf if clip_max is None else clip_max
+    return w.clamp(low, high) if mode.endswith('truncate') else torch.where((w < low) | (w > high), 0, w)
+
+# %% ../nbs/31_grpo.ipynb #f723f7a0
+def _extremes(name: str, x: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    "Lowest and highest of what counts, each [2] the value and 1."
+    if not mask.any(): return {}
+    v = x[mask].detach()
+    return {f'{name}/{k}': torch.stack([e, torch.ones_like(e)]) for k, e in (('min', v.min()), ('max', v.max()))}
+
+def sampler_metrics(
+    old_logps: Tensor,       # [B, T] log-probabilities under the trainer's policy when it was sampled from
+    sampling_logps: Tensor,  # [B, T] the same tokens as the engine that sampled them says; NaN where it does not say
+    mask: Tensor,            # [B, T] 1 where the token was sampled
+    weights: Tensor | None = None,  # [B, T] or [B, 1] `sampler_weights`; None where nothing is weighed
+) -> dict[str, Tensor]:      # name to [2], for `mean_metrics`
+    "How far the engine that sampled is from the trainer, in nats and in weights."
+    m = mask.bool()
+    known, apart = m & ~sampling_logps.isnan(), (old_logps - sampling_logps).abs()
+    name, ratio = 'sampling/sampling_logp_difference', 'sampling/importance_sampling_ratio'
+    res = {f'{name}/mean': sum_and_count(apart, known)} | {k: v for k, v in _extremes(name, apart, known).items() if k.endswith('max')}
+    if weights is None: return res
+    counts = m if weights.shape == m.shape else m.any(-1, keepdim=True)
+    return res | {f'{ratio}/mean': sum_and_count(weights, counts)} | _extremes(ratio, weights, counts)
+
 # %% ../nbs/31_grpo.ipynb #8f7a128a
 KL_KINDS = ('k1', 'k2', 'k3')
 
@@ -312,7 +455,19 @@ def kl_penalty(
     return kl_estimate(logps, ref_logps, kind) * (ratio.detach() if kind == 'k2' else ratio)
 
 # %% ../nbs/31_grpo.ipynb #7078c784
-LOSS_TYPES = ('grpo', 'bnpo', 'dapo', 'dr_grpo', 'cispo')
+def adapt_beta(
+    beta: float,         # weight of the distance in the step that was made
+    kl: float,           # the distance measured in it, nats a token (the metric `kl`)
+    target: float,       # the distance that is wanted, in the same unit
+    rate: float = 0.1,   # how fast beta follows
+) -> float:              # weight for the next step
+    "The weight of the distance, moved towards what holds a wanted distance."
+    if not (beta > 0 and target > 0): raise ValueError(f'beta={beta} and target={target} — must both be > 0, as beta is multiplied and the distance compared with the target')
+    if not math.isfinite(kl): raise ValueError(f'kl={kl} — expected a finite number — the policy or the reference is broken')
+    return beta * (1 + rate * min(max((kl - target) / target, -.2), .2))
+
+# %% ../nbs/31_grpo.ipynb #d6e45382
+LOSS_TYPES = ('grpo', 'bnpo', 'dapo', 'dr_grpo', 'cispo', 'sapo')
 
 def aggregate(
     per_token_loss: Tensor,                  # [B, T]; what stands where the mask is 0 is not read
@@ -326,7 +481,7 @@ def aggregate(
     m = mask.bool()
     rows = torch.where(m, per_token_loss, 0).sum(-1)
     n = len(m) if n_sequences is None else n_sequences
-    if kind == 'grpo': return (rows / m.sum(-1).clamp(min=1)).sum() / n
+    if kind in ('grpo', 'sapo'): return (rows / m.sum(-1).clamp(min=1)).sum() / n
     if kind == 'bnpo': return rows.sum() / m.sum().clamp(min=1) * (len(m) / n)
     if kind in ('dapo', 'cispo'): return rows.sum() / (m.sum().clamp(min=1) if n_tokens is None else n_tokens)
     if kind != 'dr_grpo': raise ValueError(f'kind={kind!r} — expected one of {", ".join(LOSS_TYPES)}')
@@ -334,8 +489,9 @@ def aggregate(
     return rows.sum() / (n * max_completion_length)
 
 # %% ../nbs/31_grpo.ipynb #1607ba4c
-def _check_shapes(logps: Tensor, others: dict[str, Tensor | None], advantages: Tensor, level: str) -> None:
+def _check_shapes(logps: Tensor, others: dict[str, Tensor | None], advantages: Tensor, level: str, weights: Tensor | None = None) -> None:
     "Refuse what would broadcast into something else."
+    if weights is not None and weights.shape not in (logps.shape, (len(logps), 1)): raise ValueError(f'weights are {list(weights.shape)} — expected [B, T] or [B, 1] for logps {list(logps.shape)}')
     for name, x in others.items():
         if x is not None and x.shape != logps.shape: raise ValueError(f'{name} is {list(x.shape)} — expected {list(logps.shape)}, the shape of logps')
     if advantages.shape not in (logps.shape[:1], logps.shape): raise ValueError(f'advantages are {list(advantages.shape)} — expected [B] or [B, T] for logps {list(logps.shape)}')
@@ -348,17 +504,27 @@ def _keep(x: Tensor, m: Tensor) -> Tensor:
 
 # %% ../nbs/31_grpo.ipynb #9bb8f2ad
 def _gain(
-    lp: Tensor, ratio: Tensor, adv: Tensor, loss_type: str, epsilon: float, epsilon_high: float | None, delta: float | None
+    lp: Tensor, ratio: Tensor, adv: Tensor, loss_type: str, epsilon: float, epsilon_high: float | None, delta: float | None, temperatures: tuple[float, float] = (1.0, 1.05)
 ) -> tuple[Tensor, dict[str, Tensor]]:
     "What to maximise, and which tokens were clipped, by the name of the metric."
+    if delta is not None and loss_type in ('cispo', 'sapo'): raise ValueError(f'delta={delta} — {loss_type} has no second clip where the advantage is negative — leave delta out')
+    if loss_type == 'sapo': return sapo_surrogate(ratio, adv, *temperatures), {}
     if loss_type == 'cispo':
-        if delta is not None: raise ValueError(f'delta={delta} — cispo has one ceiling for both signs, epsilon_high — leave delta out')
         if epsilon_high is None: raise ValueError('cispo without epsilon_high — expected a ceiling of the ratio, at least 1 — try 5')
         return cispo_surrogate(lp, ratio, adv, epsilon_high), {'cispo_clip_ratio': (ratio > epsilon_high) & (adv > 0)}
     low, high = clipped_tokens(ratio, adv, epsilon, epsilon_high)
     return clipped_surrogate(ratio, adv, epsilon, epsilon_high, delta), {'clip_ratio/low_mean': low, 'clip_ratio/high_mean': high, 'clip_ratio/region_mean': low | high}
 
 # %% ../nbs/31_grpo.ipynb #19fd4f65
+def _entropy_bonus(entropy: Tensor | None, coef: float, logps: Tensor, mask: Tensor, n_sequences: float | Tensor | None, n_tokens: float | Tensor | None) -> Tensor | float:
+    "What a micro-batch takes off the loss of the step for being undecided."
+    if not coef: return 0.
+    if entropy is None: raise ValueError(f'entropy_coef={coef} without entropy — pass the entropy of each position, or entropy_coef=0')
+    if logps.requires_grad and not entropy.requires_grad: raise ValueError(f'entropy_coef={coef}, but the entropy has no gradient — compute it without detach() and outside no_grad()')
+    if n_sequences is not None and n_tokens is None: raise ValueError('entropy_coef in a part of a step — expected n_tokens beside n_sequences, as the bonus is a mean over the tokens of the step')
+    return coef * aggregate(entropy, mask, 'dapo', n_tokens=n_tokens)
+
+# %% ../nbs/31_grpo.ipynb #42da5b81
 def grpo_loss(
     logps: Tensor,              # [B, T] log-probabilities under the policy that is trained, nats
     old_logps: Tensor | None,   # [B, T] under the policy that sampled; None when the weights have not moved since
@@ -366,8 +532,13 @@ def grpo_loss(
     advantages: Tensor,         # [B] one per sequence, or [B, T] one per token
     mask: Tensor,               # [B, T] 1 where the policy sampled the token
     *,
-    epsilon: float = 0.2,                # how far the ratio may fall below 1; cispo has no floor
+    weights: Tensor | None = None,       # [B, T] or [B, 1] what the gain of each token is multiplied by (`sampler_weights`); not the distance or the bonus
+    entropy: Tensor | None = None,       # [B, T] entropy at each position, nats; with entropy_coef=0 it is only measured
+    entropy_coef: float = 0.0,           # weight of the mean entropy of the step's tokens, which is taken off the loss
+    epsilon: float = 0.2,                # how far the ratio may fall below 1; cispo has no floor, sapo no edge
     epsilon_high: float | None = None,   # how far it may rise above 1; None takes `epsilon`. For cispo the ceiling of the ratio itself
+    sapo_temperature_pos: float = 1.0,   # of the gate of sapo, where the advantage is positive
+    sapo_temperature_neg: float = 1.05,  # and where it is not
     beta: float = 0.0,                   # weight of the distance from the reference
     kl: str = 'k3',                      # one of `KL_KINDS`
     use_bias_correction_kl: bool = True, # multiply by the ratio, for the true gradient (`kl_penalty`)
@@ -379,15 +550,15 @@ def grpo_loss(
     max_completion_length: int | None = None,   # tokens; for dr_grpo
 ) -> tuple[Tensor, dict[str, Tensor]]:   # scalar loss; metrics, each [2] a sum and a count (`mean_metrics`)
     "The GRPO loss of a micro-batch, and what to watch."
-    _check_shapes(logps, dict(old_logps=old_logps, ref_logps=ref_logps, mask=mask), advantages, level)
+    _check_shapes(logps, dict(old_logps=old_logps, ref_logps=ref_logps, entropy=entropy, mask=mask), advantages, level, weights)
     if beta and ref_logps is None: raise ValueError(f'beta={beta} without ref_logps — pass the reference log-probabilities, or beta=0')
     m = mask.bool()
     adv = (advantages[:, None] if advantages.dim() == 1 else _keep(advantages, m)).detach()
     lp = _keep(logps, m)
     old = lp.detach() if old_logps is None else _keep(old_logps, m).detach()
     ratio = log_ratio(lp, old, m, level).exp()
-    gain, clipped = _gain(lp, ratio, adv, loss_type, epsilon, epsilon_high, delta)
-    loss = -gain.expand_as(lp)
+    gain, clipped = _gain(lp, ratio, adv, loss_type, epsilon, epsilon_high, delta, (sapo_temperature_pos, sapo_temperature_neg))
+    loss = -gain.expand_as(lp) if weights is None else -gain * _keep(weights.expand_as(lp), m).detach()
     counts = m if level == 'token' else m.any(-1, keepdim=True)
     metrics = {name: sum_and_count(v.to(lp.dtype), counts) for name, v in clipped.items()}
     if ref_logps is not None:
@@ -395,4 +566,5 @@ def grpo_loss(
         term = kl_penalty(lp, ref, rho, kl) if use_bias_correction_kl else kl_estimate(lp, ref, kl)
         metrics['kl'] = sum_and_count(term, m)
         if beta: loss = loss + beta * term
-    return aggregate(loss, m, loss_type, n_sequences, n_tokens, max_completion_length), metrics
+    if entropy is not None: metrics['entropy'] = sum_and_count(entropy, m)
+    return aggregate(loss, m, loss_type, n_sequences, n_tokens, max_completion_length) - _entropy_bonus(entropy, entropy_coef, logps, m, n_sequences, n_tokens), metrics

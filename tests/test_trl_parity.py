@@ -1,11 +1,12 @@
 """Our numbers beside TRL's own: its real `GRPOTrainer` gets the same tensors, or the same tokens and rewards. `pytest -s` prints the largest differences."""
-import copy, gc, math
+import copy, gc, inspect, math
 from collections import defaultdict
 from types import SimpleNamespace
 import pytest, torch
 from conftest import lacking
 from stateset_nb.core import Segment, Trajectory, TrajectoryGroup
-from stateset_nb.grpo import LOSS_TYPES, agreeing_groups, gdpo_advantages, group_advantages, grpo_loss, kl_estimate, kl_penalty, mean_metrics, sum_and_count
+from stateset_nb.grpo import (LOSS_TYPES, SAMPLER_MODES, SCALES, agreeing_groups, gdpo_advantages, group_advantages, grpo_loss, kl_estimate, kl_penalty, mean_metrics, sampler_metrics, sampler_weights,
+                              soft_overlong_punishment)
 from stateset_nb.policy import CompactFormat, Policy, make_tokenizer, tiny_model
 from stateset_nb.trainers import TrainingConfig, learn, play_metrics
 
@@ -26,7 +27,7 @@ def trl(tmp_path_factory):
     "TRL, a tokenizer, and a folder with the reference model."
     try:
         from datasets import Dataset
-        from trl import GRPOConfig, GRPOTrainer
+        from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
         from trl.trainer.utils import nanstd
     except ImportError as e: lacking(f'{e.name} is not here: `pip install -c constraints.txt trl` compares the numbers with those of TRL')
     tokenizer, folder = make_tokenizer([]), tmp_path_factory.mktemp('reference')
@@ -43,10 +44,16 @@ def trl(tmp_path_factory):
         t.model.train()
         t.current_gradient_accumulation_steps = t.args.gradient_accumulation_steps   # as its training loop does
         return t
+    def rloo(rewards, G):
+        "A real `RLOOTrainer` whose answers are given."
+        args = RLOOConfig(output_dir=str(folder / 'out'), per_device_train_batch_size=len(rewards), num_generations=G, beta=0., use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], save_strategy='no', disable_tqdm=True)
+        t = RLOOTrainer(model, lambda **kw: rewards, args, Dataset.from_list([{'prompt': '0'}] * len(rewards)), processing_class=tokenizer)
+        t._generate = lambda prompts: ([[5]] * len(prompts), [[6, 1]] * len(prompts), [''] * len(prompts))
+        return t
     with pytest.MonkeyPatch.context() as m:
         m.setenv('TRL_EXPERIMENTAL_SILENCE', '1')  # rollout_func is called experimental
         gc.freeze()                                # its training ends in a full collection, which need not look at all that was imported
-        yield SimpleNamespace(trainer=trainer, tokenizer=tokenizer, nanstd=nanstd)
+        yield SimpleNamespace(trainer=trainer, rloo=rloo, config=GRPOConfig, tokenizer=tokenizer, nanstd=nanstd)
         gc.unfreeze()
     print('\nlargest difference from TRL, relative:', *(f'{v:.1e} {k}' for k, v in WORST.items()), sep='\n  ')
 
@@ -60,39 +67,46 @@ def batch(seed, dtype, B=12, T=7):
     def randn(*n): return torch.randn(*n, generator=g, dtype=torch.float64).to(dtype)
     lp, completion, tool = -3 * rand(B, T), (torch.arange(T) < torch.tensor([7, 3, 5, 1, 6, 2] * 2)[:, None]).long(), (rand(B, T) < .7).long()
     tool[:, 0] = 1; tool[1] = 0
-    return SimpleNamespace(lp=lp, old=lp + .5 * randn(B, T) + .15 * randn(B, 1), ref=lp + .5 * randn(B, T), adv=randn(B).abs() * torch.tensor([1, -1, -1, 1] * 3), entropy=rand(B, T), completion=completion, tool=tool, mask=completion * tool)
+    return SimpleNamespace(lp=lp, old=lp + .5 * randn(B, T) + .15 * randn(B, 1), ref=lp + .5 * randn(B, T), adv=randn(B).abs() * torch.tensor([1, -1, -1, 1] * 3), entropy=rand(B, T), slope=None, weights=None, completion=completion, tool=tool, mask=completion * tool)
 
 
 def cut(x, rows): return SimpleNamespace(**{k: v if v is None else v[rows] for k, v in vars(x).items()})
 
 
+def entropy_of(x, lp): return x.entropy if x.slope is None else x.entropy + x.slope * lp
+
+
 def theirs(trainer, x, n_items):
     "TRL's loss, gradient and metrics. The one thing put in its way: the log-probabilities and entropies it would ask its model for are those of the batch."
     lp = x.lp.clone().requires_grad_()
-    trainer._get_per_token_logps_and_entropies = lambda *args, **kw: (lp, x.entropy, None)
+    trainer._get_per_token_logps_and_entropies = lambda *args, **kw: (lp, entropy_of(x, lp), None)
     ones = torch.ones(len(lp), 1, dtype=torch.long)
     inputs = dict(prompt_ids=ones, prompt_mask=ones, completion_ids=x.completion, completion_mask=x.completion, tool_mask=x.tool, advantages=x.adv, ref_per_token_logps=x.ref, num_items_in_batch=n_items)
     if x.old is not None: inputs['old_per_token_logps'] = x.old
+    trainer.use_vllm = x.weights is not None          # only then does it weigh
+    if x.weights is not None: inputs['importance_sampling_ratio'] = x.weights
     loss = trainer._compute_loss(trainer.model, inputs)
     return loss.detach(), torch.autograd.grad(loss, lp)[0], {k: v[-1] for k, v in trainer._metrics['train'].items()}
 
 
 def ours(x, level='token', beta=0., n_sequences=None, n_tokens=None, **kw):
     lp = x.lp.clone().requires_grad_()
-    loss, metrics = grpo_loss(lp, x.old, x.ref if beta else None, x.adv, x.mask, level=level, beta=beta, n_sequences=n_sequences, n_tokens=n_tokens, max_completion_length=16, **kw)
-    return loss.detach(), torch.autograd.grad(loss, lp)[0], metrics | {'entropy': sum_and_count(x.entropy, x.mask)}
+    loss, metrics = grpo_loss(lp, x.old, x.ref if beta else None, x.adv, x.mask, level=level, beta=beta, n_sequences=n_sequences, n_tokens=n_tokens, max_completion_length=16, entropy=entropy_of(x, lp), weights=x.weights, **kw)
+    return loss.detach(), torch.autograd.grad(loss, lp)[0], metrics
 
 
 def settings(level='token', **kw): return kw | {'importance_sampling_level': level}
 
 
-KINDS = [(k, 'token') for k in LOSS_TYPES] + [('grpo', 'sequence'), ('dapo', 'sequence'), ('dr_grpo', 'sequence'), ('bnpo', 'sequence'), ('cispo', 'sequence')]  # grpo by sequence is GSPO
+KINDS = [(k, 'token') for k in LOSS_TYPES] + [('grpo', 'sequence'), ('dapo', 'sequence'), ('dr_grpo', 'sequence'), ('bnpo', 'sequence'), ('cispo', 'sequence'), ('sapo', 'sequence')]  # grpo by sequence is GSPO
+GATE = dict(sapo_temperature_pos=.75, sapo_temperature_neg=1.5)      # TRL holds them in float32, in which its 1.05 is 4e-8 off
+def fit(kind, **clip): return dict(epsilon_high=1.2) if kind == 'cispo' else GATE if kind == 'sapo' else clip
 EXTRAS = {'plain': {}, 'clip-higher': dict(epsilon=.1, epsilon_high=.28), 'delta': dict(epsilon_high=.28, delta=1.5), 'kl': dict(beta=.3, use_bias_correction_kl=False),
           'corrected kl': dict(beta=.3), 'all': dict(epsilon=.1, epsilon_high=.28, delta=1.5, beta=.3)}
-CASES = [pytest.param(dict(loss_type=kind, level=level) | extra | (dict(epsilon_high=1.2 if 'epsilon_high' in extra else 5.) if kind == 'cispo' else {}), id=f'{kind}-{level}-{name}')
+CASES = [pytest.param(dict(loss_type=kind, level=level) | extra | (dict(epsilon_high=1.2 if 'epsilon_high' in extra else 5.) if kind == 'cispo' else fit(kind)), id=f'{kind}-{level}-{name}')
          for kind, level in KINDS for name, extra in EXTRAS.items()
          if not (level == 'sequence' and extra.get('beta') and extra.get('use_bias_correction_kl', True))   # a difference, tested below
-         and not (kind == 'cispo' and 'delta' in extra)]                                                  # has no second clip, in TRL neither
+         and not (kind in ('cispo', 'sapo') and 'delta' in extra)]                                        # have no second clip, in TRL neither
 
 @pytest.mark.parametrize('case', CASES)
 def test_same_tensors_same_loss_gradient_and_metrics(trl, case):
@@ -111,15 +125,16 @@ def test_same_tensors_same_loss_gradient_and_metrics(trl, case):
                 theirs_ = metrics[k] * 12 / 11 if case['level'] == 'sequence' and 'clip' in k else metrics[k]   # TRL also counts the row without tokens
                 check_same(v, theirs_, max(rel, 1e-6), 'metrics', size=1)
             clip = [means[k] for k in ('cispo_clip_ratio', 'clip_ratio/low_mean', 'clip_ratio/high_mean') if k in means]
-            if not moved: assert max(clip) == 0, 'on policy nothing is clipped'
+            if case['loss_type'] == 'sapo': assert not clip
+            elif not moved: assert max(clip) == 0, 'on policy nothing is clipped'
             elif case.get('epsilon_high') != 5: assert min(clip) > 0, 'a batch in which tokens are clipped on each side'
 
 
 @pytest.mark.parametrize('per_window', [3, 1], ids=['accumulated', 'several steps'])
-@pytest.mark.parametrize('kind, level', KINDS[:6])
+@pytest.mark.parametrize('kind, level', [*KINDS[:len(LOSS_TYPES)], ('grpo', 'sequence')])
 def test_same_share_of_the_step_when_a_batch_is_cut(trl, kind, level, per_window):
     "Micro-batches of four rows: three of them make one optimiser step, or each is a step of its own and the sampled tokens of the round are shared out evenly."
-    case = dict(loss_type=kind, level=level, epsilon_high=1.2 if kind == 'cispo' else .28)
+    case = dict(loss_type=kind, level=level) | fit(kind, epsilon_high=.28)
     trainer, x = trl.trainer(rows=4, gradient_accumulation_steps=per_window, steps_per_generation=3, **settings(**case)), batch(1, torch.float64)
     n = x.mask.sum()
     for rows in (slice(0, 4), slice(4, 8), slice(8, 12)):
@@ -131,7 +146,7 @@ def test_same_share_of_the_step_when_a_batch_is_cut(trl, kind, level, per_window
 
 @pytest.mark.parametrize('kind', LOSS_TYPES)
 def test_same_with_an_advantage_for_each_token_and_in_a_batch_without_any_token(trl, kind):
-    case = dict(loss_type=kind, epsilon_high=1.2 if kind == 'cispo' else .28)
+    case = dict(loss_type=kind) | fit(kind, epsilon_high=.28)
     trainer, x = trl.trainer(**settings(**case)), batch(2, torch.float64)
     x.adv = torch.randn(12, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     for _ in range(2):
@@ -141,7 +156,39 @@ def test_same_with_an_advantage_for_each_token_and_in_a_batch_without_any_token(
         x.tool, x.mask = x.tool * 0, x.mask * 0
 
 
+@pytest.mark.parametrize('kind', LOSS_TYPES)
+def test_same_entropy_bonus_and_same_weights(trl, kind):
+    "Weights of tokens and of sequences, an entropy that has a gradient; TRL's `policy_loss` is the loss without the bonus."
+    case = dict(loss_type=kind, beta=.3, entropy_coef=.05) | fit(kind, epsilon_high=.28)
+    trainer, x = trl.trainer(**settings(**case)), batch(9, torch.float64)
+    x.slope = torch.rand(12, 7, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    for shape in ((12, 7), (12, 1)):
+        x.weights = 2 * torch.rand(shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+        loss, grad, metrics = theirs(trainer, x, x.mask.sum())
+        loss_, grad_, metrics_ = ours(x, **case)
+        check_same(grad_, grad, 1e-12, 'gradient, weighed, with a bonus'); check_same(loss_, loss, 1e-12, 'loss, weighed, with a bonus', size=grad.abs().sum())
+        means = mean_metrics([metrics_])
+        for k, v in means.items(): check_same(v, metrics[k], 1e-6, 'metrics', size=1)
+        check_same(loss_ + .05 * means['entropy'], metrics['policy_loss'], 1e-6, 'loss without the bonus', size=1)
+
+
+def test_the_gate_of_sapo_has_the_same_default_temperatures(trl):
+    ours_, theirs_ = inspect.signature(grpo_loss).parameters, {f: trl.config.__dataclass_fields__[f].default for f in GATE}
+    assert {f: ours_[f].default for f in GATE} == theirs_
+
+
 # --- the loss: where ours differs ---
+
+def test_the_bonus_does_not_depend_on_the_cut(trl):
+    "TRL's bonus is a mean of the means of micro-batches, so a token of a short row counts more; ours is the mean over the tokens of the step, which is TRL's when nothing is cut."
+    x = batch(10, torch.float64)
+    x.slope, kw = torch.rand(12, 7, generator=torch.Generator().manual_seed(10), dtype=torch.float64), dict(entropy_coef=1., loss_type='grpo')
+    n, rows = x.mask.sum(), [slice(i, i + 4) for i in (0, 4, 8)]
+    whole = theirs(trl.trainer(**kw), x, n)[1]
+    check_same(torch.cat([ours(cut(x, r), n_sequences=12, n_tokens=n, **kw)[1] for r in rows]), whole, 1e-12, 'gradient of a bonus, cut')
+    trainer = trl.trainer(rows=4, gradient_accumulation_steps=3, **kw)
+    assert (torch.cat([theirs(trainer, cut(x, r), n)[1] for r in rows]) - whole).abs().max() > .01 * whole.abs().max()
+
 
 def test_the_kl_of_a_token_is_weighed_by_the_ratio_of_that_token_at_sequence_level_too(trl):
     "TRL takes the sequence's mean ratio there, and the estimate is no longer one of the divergence: a token was sampled with its own probability."
@@ -215,17 +262,53 @@ def scored(trl, columns, G=4, **settings):
 ROWS = [[1., 0., 0., 1.], [.1, .7, .3, 100.], [-3., 2., 2., 2.], [.5, None, .25, 1.], [None, None, 1., 0.], [2.] * 4, [1., None, None, None], [None] * 4]
 def flat(rows): return [v for row in rows for v in row]
 
-@pytest.mark.parametrize('scale', [True, False])
+@pytest.mark.parametrize('scale', [True, False, *SCALES])
 def test_same_rewards_same_advantages(trl, scale):
-    "`scale_rewards` 'group' and 'none'; 'batch' we do not have."
-    a, metrics = scored(trl, [flat(ROWS)], scale_rewards='group' if scale else 'none')
+    a, metrics = scored(trl, [flat(ROWS)], scale_rewards=scale)
     mine = group_advantages(ROWS, scale=scale)
     check_same(mine, a, 1e-6, 'advantages')
     assert (a[5:] == 0).all() and (mine[5:] == 0).all()
     r = torch.tensor([[math.nan if v is None else v for v in row] for row in ROWS])
-    spread = trl.nanstd(r, dim=1)[:5, None] + 1e-4 if scale else torch.ones(5, 1)
+    spread = (trl.nanstd(r) if scale == 'batch' else trl.nanstd(r, dim=1)[:5, None]) + 1e-4 if scale not in (False, 'none') else torch.ones(5, 1)
     check_same((mine[:5] * spread), (r - r.nanmean(1, keepdim=True))[:5].nan_to_num(0), 1e-6, 'advantages times the spread')
-    assert metrics['frac_reward_zero_std'] == 1 / 8 and agreeing_groups(ROWS).tolist() == [False] * 5 + [True] * 3   # a group with one answer left, or none, is no group: there is nothing to compare
+    assert metrics['frac_reward_zero_std'] == (0 if scale == 'batch' else 1 / 8)      # with 'batch' TRL asks the spread of the batch
+    assert agreeing_groups(ROWS).tolist() == [False] * 5 + [True] * 3   # a group with one answer left, or none, is no group: there is nothing to compare
+
+
+def test_same_leave_one_out_as_its_rloo(trl):
+    a = trl.rloo(flat(ROWS), 4)._generate_and_score_completions([{'prompt': str(i // 4)} for i in range(4 * len(ROWS))])['advantages'].view(-1, 4)
+    mine = group_advantages(ROWS, scale='none', leave_one_out=True)
+    check_same(mine[:-2], a[:-2], 1e-6, 'advantages, leave one out')
+    assert (a[-2:] == 0).all() and (mine[-2:] == 0).all()                              # one answer left, or none
+
+
+def test_same_punishment_of_long_answers(trl):
+    from trl.rewards import get_soft_overlong_punishment
+    for cache in (0, 1, 7, 20):
+        check_same(soft_overlong_punishment(range(1, 25), 20, cache), get_soft_overlong_punishment(20, cache)([[1] * n for n in range(1, 25)]), 1e-6, 'punishment of long answers')
+
+
+@pytest.mark.parametrize('mode', SAMPLER_MODES)
+@pytest.mark.parametrize('low, high', [(None, 3.), (.7, 1.4), (.7, None)])
+def test_same_weights_against_another_engine(trl, mode, low, high):
+    "TRL's own scoring of a rollout whose engine gave log-probabilities, one of them missing; the trainer's are given in place of the model's."
+    x, n = batch(11, torch.float64, B=12), [7, 3, 5, 1, 6, 2] * 2
+    x.tool[1, 0] = 1                                                                   # a row without tokens is a difference: TRL counts its weight of 1
+    x.mask, sampled = x.completion * x.tool, x.ref.clone()
+    sampled[0, 0] = math.nan
+    def rollout(prompts, trainer):
+        return {'prompt_ids': [[5]] * 12, 'completion_ids': [[6] * k for k in n], 'env_mask': [row[:k] for row, k in zip(x.tool.tolist(), n)],
+                'logprobs': [[None if math.isnan(v) else v for v in row[:k]] for row, k in zip(sampled.tolist(), n)]}
+    t = trl.trainer(rollout=rollout, vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_min=low, vllm_importance_sampling_clip_max=high)
+    t.use_vllm, t._last_loaded_step, t._get_per_token_logps_and_entropies = True, t.state.global_step, lambda *a, **kw: (x.old, None, None)
+    w = t._generate_and_score_completions([{'prompt': str(i // 2)} for i in range(12)])['importance_sampling_ratio']
+    mine = sampler_weights(x.old, sampled, x.mask, mode, high, low)
+    check_same(mine, w, 1e-6, 'weights against another engine')
+    theirs_ = {k: v[-1] for k, v in t._metrics['train'].items() if k.startswith('sampling/')}
+    means = mean_metrics([sampler_metrics(x.old, sampled, x.mask, mine)])
+    assert means.keys() == theirs_.keys()
+    for k, v in means.items(): check_same(v, theirs_[k], 1e-6, 'metrics of weights')
+    assert (mine.expand(12, 7)[x.mask.bool()] != 1).any() and (mode.endswith('truncate') or (mine == 0).any())
 
 
 def test_same_advantages_from_several_rewards(trl):
@@ -308,7 +391,7 @@ def both(trl, groups, micro=8, lr=1., micro_batch_tokens=10**6, ours_only=None, 
     return a, logs, b, metrics
 
 
-RUNS = [dict(loss_type='grpo'), dict(loss_type='bnpo'), dict(loss_type='dapo'), dict(loss_type='dr_grpo'), dict(loss_type='cispo', epsilon_high=1.1), dict(loss_type='grpo', importance_sampling_level='sequence'), dict(beta=.3)]
+RUNS = [dict(loss_type='grpo'), dict(loss_type='bnpo'), dict(loss_type='dapo'), dict(loss_type='dr_grpo'), dict(loss_type='cispo', epsilon_high=1.1), dict(loss_type='sapo'), dict(loss_type='grpo', importance_sampling_level='sequence'), dict(beta=.3)]
 
 @pytest.mark.parametrize('run', RUNS, ids=lambda r: '-'.join(map(str, r.values())))
 def test_same_tokens_and_rewards_same_gradient_of_the_weights(trl, run):
@@ -319,10 +402,10 @@ def test_same_tokens_and_rewards_same_gradient_of_the_weights(trl, run):
     for i in range(3): check_same(mine[i], theirs[i], 1e-5, f'gradient of the weights, update {i + 1}')
     last = logs[0] | logs[2]                     # what the episodes say stands in the first
     shared = [k for k in metrics if k in last and k != 'reward_std']
-    clip = 'cispo_clip_ratio' if run['loss_type'] == 'cispo' else 'clip_ratio/region_mean'
-    assert {'reward', 'frac_reward_zero_std', 'completions/mean_length', 'completions/clipped_ratio', 'loss', 'grad_norm', clip} | ({'kl'} if 'beta' in run else set()) <= set(shared)
+    clip = {'cispo': {'cispo_clip_ratio'}, 'sapo': set()}.get(run['loss_type'], {'clip_ratio/region_mean'})
+    assert {'reward', 'frac_reward_zero_std', 'completions/mean_length', 'completions/clipped_ratio', 'loss', 'grad_norm'} | clip | ({'kl'} if 'beta' in run else set()) <= set(shared)
     for k in shared: check_same(metrics[k], last[k], 1e-5, 'logged metrics', size=1)
-    assert metrics[clip] > 0
+    assert all(metrics[k] > 0 for k in clip)
 
 
 @pytest.mark.parametrize('kind', LOSS_TYPES)
