@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .core import ConfigError, Message, Scenario, StateSetError, Trajectory, TrajectoryGroup, as_messages, check_keys, gather, require, run_sync, stream
-from .policy import Policy
+from .policy import Policy, _no_bars
 from .agents import Agent
 from .rewards import EpisodeContext, RewardFunction
 from .environments import ConversationEnvironment, Environment, rollout
@@ -41,7 +41,7 @@ _KNOBS: dict[str, tuple[str, str]] = {  # ours -> (TRL's, what to know)
     'weight_decay': ('weight_decay', 'TRL spares biases and norms'),
     'max_grad_norm': ('max_grad_norm', ''),
     'num_iterations': ('num_iterations', ''),
-    'loss_type': ('loss_type', "'bnpo' depends on per_device_train_batch_size"),
+    'loss_type': ('loss_type', "'bnpo' depends on per_device_train_batch_size; 'grpo' and 'dr_grpo' of TRL count rows that teach nothing (failed, masked) too"),
     'importance_sampling_level': ('importance_sampling_level', "'sequence' with beta is refused: TRL weighs the distance of a token by the ratio of the sequence"),
     'scale_rewards': ('scale_rewards', "True is 'group', False is 'none'"),
     'epsilon': ('epsilon', ''), 'epsilon_high': ('epsilon_high', ''),
@@ -116,7 +116,9 @@ def to_grpo_config(
     for k in overrides:
         if k in ours: raise ConfigError(f'{k}={overrides[k]!r} — it follows from {ours[k]}={config.__dict__[ours[k]]!r} — change that in the TrainingConfig')
     batches = _batches(config, overrides.get('per_device_train_batch_size'), int(os.environ.get('WORLD_SIZE', 1)))
-    return kind(**_AS_OURS | _translated(config) | batches | overrides | {'output_dir': str(output_dir)})
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', '.*gradient_checkpointing', FutureWarning)  # TRL's name for what transformers renames
+        return kind(**_AS_OURS | _translated(config) | batches | overrides | {'output_dir': str(output_dir)})
 
 # %% ../nbs/33_trl_bridge.ipynb #cb475884
 def _trl_row(t: Trajectory, drop: bool) -> tuple[list[int], list[int], list[float], list[int]]:
@@ -162,7 +164,8 @@ class _TRLReward:
         talks = [(*_said('user', p), *_said('assistant', c)) for p, c in zip(prompts, completions, strict=True)]
         contexts = [EpisodeContext(Scenario.from_dict(json.loads(s))) for s in scenario] if scenario is not None else [None] * len(talks)
         try: return [r.reward for r in await self.reward_fn.compute_rewards(talks, contexts)]
-        except Exception as e: return await self._apart(talks, contexts, e)
+        except Exception as e: failed = e
+        return await self._apart(talks, contexts, failed)
 
     async def _apart(self, talks: Sequence[Any], contexts: Sequence[Any], error: Exception) -> list[float | None]:
         if len(talks) == 1: raise error
@@ -284,9 +287,23 @@ def _prompts(scenarios: Sequence[Scenario], agent: Agent) -> list[dict[str, Any]
 def _reference(policy: Policy, folder: Path) -> str:
     "Write the weights as they are now for TRL to load; the folder's name."
     from accelerate import PartialState
-    with PartialState().local_main_process_first():
+    with _no_bars(), PartialState().local_main_process_first():
         if PartialState().is_local_main_process: policy.model.save_pretrained(folder)
     return str(folder)
+
+# %% ../nbs/33_trl_bridge.ipynb #8c0a507d
+def _plain_again(model: Any) -> Any:
+    "A transformers callback that leaves a model as it was found."
+    from transformers import TrainerCallback as HFCallback
+    kept: list[Any] = []
+
+    class PlainAgain(HFCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+            if kept: model.forward = kept.pop()
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+            if 'forward' in vars(model): kept.append(vars(model).pop('forward'))
+    return PlainAgain()
 
 # %% ../nbs/33_trl_bridge.ipynb #c81625cb
 def _build(agent: Agent, config: TrainingConfig, output_dir: str | os.PathLike[str], parts: dict[str, Any], trl: dict[str, Any]) -> Any:
@@ -304,8 +321,10 @@ def _build(agent: Agent, config: TrainingConfig, output_dir: str | os.PathLike[s
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', "You are using 'rollout_func'")
-            return kind(policy.model, args=args, processing_class=policy.tokenizer, **parts, **passed)
+            trainer = kind(policy.model, args=args, processing_class=policy.tokenizer, **parts, **passed)
     finally: policy.model.config._name_or_path = name
+    trainer.add_callback(_plain_again(policy.model))
+    return trainer
 
 # %% ../nbs/33_trl_bridge.ipynb #74859972
 def trl_trainer(
