@@ -260,7 +260,9 @@ def test_a_talk_that_is_held_while_the_weights_move_is_read_anew():
             p.updated()
             s, = await p.sample(ids, SamplingParams(max_tokens=4, seed=2), key=(0,))
             return ids, s
-    close(p, *soon(go()))
+    ids, s = soon(go())
+    close(p, ids, s)
+    assert p.version == 1
 
 def test_many_draws_from_one_context(pol):
     ctx = CF.start([Message('user', 'Hello')])
@@ -361,6 +363,23 @@ def test_one_event_loop_after_the_other():
     async def inner(): return await asyncio.gather(crowd(p, n=2), crowd(p, n=2, joined=False))  # the same keys twice at once
     (a, b) = soon(inner())
     assert ids_of(a) == ids_of(b)
+
+def test_eager_conversations_do_not_wait_for_a_slow_tool():
+    "The tool of the first ends only when the others are done: in lockstep they would wait for each other for ever."
+    p = fresh()
+    p.scheduling = 'eager'
+    async def go():
+        others, left = asyncio.Event(), {1, 2, 3}
+        async def tool(k, t):
+            if k == 0 and t == 0: await others.wait()
+        async def talk(k):
+            told = await converse(p, k, slow=tool)
+            left.discard(k)
+            if not left: others.set()
+            return told
+        return await asyncio.gather(*map(talk, range(4)))
+    assert [len(t) for t in soon(go(), 20)] == [3] * 4  # each turn compared as it was sampled
+    with pytest.raises(ConfigError, match='deterministic, eager'): Policy(p.model, TK, CF, scheduling='fast')
 
 def test_a_second_loop_while_the_first_waits_is_refused_not_hung(pol):
     async def go():
@@ -592,6 +611,37 @@ def test_a_saved_policy_comes_back_bit_for_bit(tmp_path):
     assert isinstance(load_policy(tmp_path / 't').format, TemplateFormat)
     (tmp_path / 't' / 'policy.json').write_text('{"format": "MyFormat"}')
     with pytest.raises(BackendError, match='MyFormat'): load_policy(tmp_path / 't')
+
+@pytest.mark.parametrize('name', ['llama', 'gpt2', 'gemma3'])
+@pytest.mark.filterwarnings('ignore:.*fan_in_fan_out.*')
+def test_an_adapter_learns_alone_and_comes_back_with_its_base(name, tmp_path):
+    pytest.importorskip('peft')
+    from stateset_nb.policy import add_lora, merge_lora
+    torch.manual_seed(0)
+    base = fresh(other_models()[name]())
+    with pytest.raises(ConfigError, match='made in memory'): save_policy(add_lora(fresh(other_models()[name]())), tmp_path / 'none')
+    p = add_lora(load_policy(save_policy(base, tmp_path / 'base')), rank=2, seed=1)
+    rows, masks = [[*range(5, 90), i, 9, 11] for i in (5, 6, 7)], [[0] * 60 + [1] * 28] * 3
+    before, plain = two_ways(p, rows, masks)
+    assert (before[2] - plain[2]).norm() < 1e-5 * plain[2].norm(), 'sharing is exact with an adapter too'
+    named = dict(p.model.named_parameters())
+    assert all(('lora' in k) == w.requires_grad for k, w in named.items()) and any(w.grad is not None and w.grad.norm() > 0 for w in named.values())
+    opt = torch.optim.SGD([w for w in named.values() if w.requires_grad], 1.)
+    for _ in range(2): two_ways(p, rows, masks); opt.step()   # the first moves B away from zero, the second A
+    p.updated()
+    after = two_ways(p, rows, masks)[0][0]
+    assert (after - before[0]).abs().max() > 1e-4
+    back = load_policy(save_policy(p, tmp_path / 'adapter'))
+    assert not (tmp_path / 'adapter' / 'model.safetensors').exists() and torch.equal(two_ways(back, rows, masks)[0][0], after)
+    with p.adapter.disable_adapter(): assert torch.allclose(sequence_logps(p, pad_rows(rows), pad_rows(masks))[0][pad_rows(masks).bool()].detach(), before[0], atol=1e-6)
+    soon(crowd(p, n=2))
+    merged = load_policy(save_policy(merge_lora(p), tmp_path / 'merged'))
+    assert merged.adapter is None and torch.allclose(two_ways(merged, rows, masks)[0][0], after, atol=1e-5)
+
+def test_bfloat16_is_near_and_not_the_same(pol):
+    rows, masks = [[*range(5, 90), i, 9, 11] for i in (5, 6, 7)], [[0] * 60 + [1] * 28] * 3
+    exact, near = (sequence_logps(pol, pad_rows(rows), pad_rows(masks), bf16=b)[0] for b in (False, True))
+    assert near.dtype == torch.float32 and 0 < (exact - near).abs().max() < .1
 
 def test_a_pickle_is_not_read(tmp_path, pol):
     save_policy(pol, tmp_path / 'p')

@@ -500,3 +500,4 @@ def test_a_token_that_pads_elsewhere_learns_here(tokenizer, name):
     lp.sum().backward()
     free(input_ids=torch.tensor([ids[:-1]])).logits[0, -1].log_softmax(-1)[ids[-1]].backward()
     same(grads(policy), {k: p.grad for k, p in free.named_parameters()})
+    assert grads(policy)['model.embed_tokens.weight'][tk.pad_token_id].abs().sum() > 0
