@@ -22,9 +22,9 @@ from .core import BackendError, ConfigError, Conversation, DataError, Message, R
 # %% auto #0
 __all__ = ['Key', 'SCHEDULING', 'ChatFormat', 'make_tokenizer', 'CompactFormat', 'TemplateFormat', 'SamplingParams', 'Sampled',
            'pick_tokens', 'context_length', 'ContextFull', 'Policy', 'tiny_model', 'pad_rows', 'shared_prefix',
-           'Branch', 'prefix_tree', 'states_before', 'sequence_logps', 'check_head', 'add_lora', 'merge_lora',
-           'new_folder', 'save_policy', 'load_policy', 'conversation_tokens', 'clone_conversations', 'TinyConfig',
-           'cache_folder', 'tiny_policy']
+           'Branch', 'prefix_tree', 'states_before', 'sequence_logps', 'check_head', 'add_lora', 'merge_lora', 'shard',
+           'gathered', 'new_folder', 'save_policy', 'load_policy', 'conversation_tokens', 'clone_conversations',
+           'TinyConfig', 'cache_folder', 'tiny_policy']
 
 # %% ../nbs/01_policy.ipynb #7935af29
 class ChatFormat:
@@ -624,6 +624,7 @@ class Policy:
         self.scheduling = scheduling
         self.version = 0             # counts updates of the weights; call `updated` after each
         self.adapter: Any = None     # peft's wrapper, see `add_lora`
+        self.sharded = False         # are the weights spread over processes? see `shard`
         self.engine = _Engine(self)
         self._layers = _layer_types(model)
         c = model.config.to_dict()   # slow, so asked once
@@ -886,13 +887,13 @@ _FAR = 2**30    # a position that nobody looks at
 _SPARE = 512    # padded tokens that cost as much as a pass, about
 
 # %% ../nbs/01_policy.ipynb #42537108
-def _batches_of(branches: Sequence[Branch]) -> list[list[Branch]]:
-    "Branches of like length together, the longest first."
+def _batches_of(branches: Sequence[Branch], one: bool = False) -> list[list[Branch]]:
+    "Branches of like length together, the longest first; all of them in one where processes must make the same passes."
     res: list[list[Branch]] = []
     waste = 0
     for b in sorted(branches, key=lambda b: -len(b.ids)):
         waste += len(res[-1][0].ids) - len(b.ids) if res else 0
-        if not res or waste > _SPARE: res.append([]); waste = 0
+        if not res or (waste > _SPARE and not one): res.append([]); waste = 0
         res[-1].append(b)
     return res
 
@@ -930,7 +931,7 @@ def _tree_states(policy: Policy, tree: Sequence[Branch], wanted: dict[Branch, np
         groups: dict[_Read | None, list[Branch]] = {}
         for b in tree:
             if b.level == level: groups.setdefault(kept[b.parent], []).append(b)
-        for before, part in ((before, part) for before, some in groups.items() for part in _batches_of(some)):
+        for before, part in ((before, part) for before, some in groups.items() for part in _batches_of(some, policy.sharded)):
             hidden, read = _read_branches(policy, part, before, any(b in parents for b in part))
             for b in part: kept[b], first[b] = read, n; n += len(wanted[b])
             at = np.concatenate([i * hidden.shape[1] + wanted[b] for i, b in enumerate(part)])
@@ -947,7 +948,9 @@ def _shares(policy: Policy) -> bool:
     from transformers.modeling_layers import GradientCheckpointingLayer
     how, model = policy.model.config._attn_implementation, policy.model
     light = model.training and any(m.gradient_checkpointing for m in model.modules() if isinstance(m, GradientCheckpointingLayer))
-    why = f'attention {how!r} takes no mask from outside' if how not in ('sdpa', 'eager') else 'gradient checkpointing keeps no keys and values' if light else ''
+    reasons = {f'attention {how!r} takes no mask from outside': how not in ('sdpa', 'eager'), 'gradient checkpointing keeps no keys and values': light,
+               'the weights are sharded, and all processes must make the same passes': policy.sharded}
+    why = next((text for text, holds in reasons.items() if holds), '')
     if why: _say_once(f'prefixes are read once for each row: {why}')
     return not why
 
@@ -1027,9 +1030,10 @@ def sequence_logps(
 ) -> tuple[Tensor, Tensor]:   # (log-probabilities, entropies), each [B, T] in float32 or better, nats, 0 where mask is 0; entropies 0 unless wanted
     "Log-probability of each chosen token given those before it, and the entropy there."
     want = mask.bool()
-    with torch.autocast(policy.device.type, torch.bfloat16, enabled=bf16):
+    def both() -> tuple[Tensor, Tensor]:
         states, index = states_before(policy, ids, mask, share)
-        logps, h = _head(policy, states, index, ids[want].to(policy.device), temperature, entropy)
+        return _head(policy, states, index, ids[want].to(policy.device), temperature, entropy)
+    with torch.autocast(policy.device.type, torch.bfloat16, enabled=bf16): logps, h = policy.model.within(both) if policy.sharded else both()
     zero = torch.zeros(ids.shape, dtype=logps.dtype, device=policy.device)
     return zero.masked_scatter(want.to(policy.device), logps), zero.masked_scatter(want.to(policy.device), h)
 
@@ -1071,6 +1075,32 @@ def merge_lora(
     policy.updated()
     return policy
 
+# %% ../nbs/01_policy.ipynb #ce19329b
+def shard(
+    policy: Policy,  # changed in place, in a process group that has begun (torchrun, accelerate)
+) -> Policy:         # the same policy; make its optimizer afterwards
+    "Spread the weights over the processes (PyTorch's `fully_shard`, layer by layer)."
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    for layer in [m for m in policy.model.modules() if isinstance(m, GradientCheckpointingLayer)]: fully_shard(layer)
+    fully_shard(policy.model)
+    policy.model.within = lambda f: f()
+    register_fsdp_forward_method(policy.model, 'within')  # what is computed within it finds its weights gathered
+    policy.sharded = True
+    return policy
+
+@contextmanager
+def gathered(
+    policy: Policy,  # sharded or not
+) -> Iterator[None]: # a `with` block
+    "The whole model on every process, for as long as the block."
+    from torch.distributed.fsdp import FSDPModule
+    parts = [m for m in policy.model.modules() if isinstance(m, FSDPModule)]
+    for m in parts: m.set_reshard_after_forward(False, recurse=False); m.unshard()
+    try: yield
+    finally:
+        for m in parts: m.set_reshard_after_forward(m is not policy.model, recurse=False); m.reshard()
+
 # %% ../nbs/01_policy.ipynb #461f75e7
 @contextmanager
 def new_folder(
@@ -1101,15 +1131,24 @@ def _no_bars() -> Iterator[None]:
         if on: hf.enable_progress_bar()
 
 # %% ../nbs/01_policy.ipynb #e0cac085
+def _whole_weights(policy: Policy) -> dict[str, Tensor] | None:
+    "The weights of a sharded policy, put together on the first process (empty on the others); None where nothing is sharded."
+    if not policy.sharded: return None
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    return get_model_state_dict(policy.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))  # type: ignore[return-value]
+
+# %% ../nbs/01_policy.ipynb #ca671bdb
 def save_policy(
-    policy: Policy,                # weights, tokenizer and chat format
+    policy: Policy,                # weights, tokenizer and chat format; of a sharded one every process calls this, and the first writes
     path: str | os.PathLike[str],  # a folder
 ) -> Path:                         # where it stands
     "Write a policy as a folder that Hugging Face and `load_policy` can read; of a policy with an adapter the adapter alone, and where its base is."
     base = {} if policy.adapter is None else {'base': policy.model.name_or_path}
     if not base.get('base', '-'): raise ConfigError('the base of this adapter was made in memory — save_policy it before add_lora, and load it from there — or merge_lora first')
+    weights = _whole_weights(policy)
+    if weights == {}: return Path(path)
     with new_folder(path) as tmp, _no_bars():
-        (policy.adapter or policy.model).save_pretrained(tmp)
+        (policy.adapter or policy.model).save_pretrained(tmp, state_dict=weights)
         policy.tokenizer.save_pretrained(tmp)
         (tmp / 'policy.json').write_text(json.dumps({'schema': 1, 'name': policy.name, 'version': policy.version, 'format': type(policy.format).__name__} | base))
     return Path(path)
