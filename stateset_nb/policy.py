@@ -1154,17 +1154,27 @@ def save_policy(
     return Path(path)
 
 # %% ../nbs/01_policy.ipynb #0f952985
-def _load_model(where: str, revision: str | None, dtype: str) -> tuple[Any, Any]:
+def _quantised(bits: str | None) -> dict[str, Any]:
+    "What transformers is told so that linear layers are kept in few bits."
+    if bits is None: return {}
+    if bits not in ('4bit', '8bit'): raise ConfigError(f"quantization={bits!r} — expected '4bit', '8bit' or None")
+    require('bitsandbytes', 'quant')
+    from transformers import BitsAndBytesConfig
+    return {'quantization_config': BitsAndBytesConfig(load_in_8bit=True) if bits == '8bit' else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=torch.get_default_dtype())}
+
+# %% ../nbs/01_policy.ipynb #314fd8a7
+def _load_model(where: str, revision: str | None, dtype: str, quantization: str | None = None) -> tuple[Any, Any]:
     "(tokenizer, model) of a folder or a name on the hub."
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     try:
         with _no_bars():
             tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
-            model = AutoModelForCausalLM.from_pretrained(where, revision=revision, dtype=dtype, use_safetensors=True)
+            model = AutoModelForCausalLM.from_pretrained(where, revision=revision, dtype=dtype, use_safetensors=True, **_quantised(quantization))
     except (OSError, ValueError, SafetensorError) as e:
         raise BackendError(f'cannot load the model {where!r} — expected a folder with config.json, model.safetensors and a tokenizer, or a name on the hub that can be reached — {str(e).splitlines()[0][:160]}') from None
-    for p in model.parameters(): p.data = p.data.clone()  # out of the mapped file, aligned as new weights are: the same bits come out
+    if quantization is None:
+        for p in model.parameters(): p.data = p.data.clone()  # out of the mapped file, aligned as new weights are: the same bits come out
     return tokenizer, model
 
 # %% ../nbs/01_policy.ipynb #ce99b50a
@@ -1173,16 +1183,17 @@ def load_policy(
     device: str | None = None,             # 'cuda' where there is one, unless given
     dtype: str = 'auto',                   # of the weights, e.g. 'float32'; 'auto' takes the checkpoint's
     revision: str | None = None,           # of a model on the hub
+    quantization: str | None = None,       # '4bit' (NF4, QLoRA arXiv 2305.14314) or '8bit' by bitsandbytes: the base of an adapter, see `add_lora`
 ) -> Policy:                               # raises `BackendError` when it cannot be had
     "Any causal language model, by folder or by name. Only safetensors are read; no remote code is run."
     where = str(name_or_path)
     f = Path(where) / 'policy.json'
     about = json.loads(f.read_text()) if f.is_file() else {}
-    tokenizer, model = _load_model(about.get('base', where), revision, dtype)
+    tokenizer, model = _load_model(about.get('base', where), revision, dtype, quantization)
     adapter = require('peft', 'trl').PeftModel.from_pretrained(model, where, is_trainable=True) if 'base' in about else None
     if about.get('format', 'TemplateFormat') not in ('CompactFormat', 'TemplateFormat'): raise BackendError(f'{where} was saved with the format {about["format"]} — only CompactFormat and TemplateFormat are known here — load the model, and give your format to Policy')
     where_to: Any = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    policy = Policy(model.to(where_to), tokenizer,
+    policy = Policy(model if quantization else model.to(where_to), tokenizer,
                     CompactFormat(tokenizer) if about.get('format') == 'CompactFormat' else None, about.get('name', where))
     policy.version, policy.adapter = about.get('version', 0), adapter
     return policy
