@@ -4,7 +4,7 @@
 
 # %% ../nbs/01_policy.ipynb #514dea41
 from __future__ import annotations
-import asyncio, contextvars, itertools, json, logging, math, os, re, shutil, sys, tempfile
+import asyncio, contextvars, itertools, json, logging, math, os, re, shutil, sys, tempfile, warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -1061,7 +1061,9 @@ def add_lora(
     if policy.adapter is not None: raise ConfigError('this policy has an adapter already — merge_lora it first, or go on training that one')
     set_seed(seed)
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-    policy.adapter = peft.get_peft_model(policy.model, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0., task_type='CAUSAL_LM'))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', FutureWarning)  # peft's, about names in transformers
+        policy.adapter = peft.get_peft_model(policy.model, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0., task_type='CAUSAL_LM'))
     policy.updated()
     return policy
 
