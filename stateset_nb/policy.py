@@ -668,6 +668,13 @@ class Policy:
         "Forget a conversation's keys and values."
         self.engine.leaving.add(key)
 
+    def within(
+        self,
+        compute: Callable[[], Any],  # a training pass
+    ) -> Any:                        # what it returns
+        "Compute with the weights at hand, also where they are spread over processes."
+        return self.model.within(compute) if self.sharded else compute()
+
     def updated(self) -> None:
         "Say that the weights changed: what was kept of conversations no longer holds."
         self.version += 1
@@ -1033,7 +1040,7 @@ def sequence_logps(
     def both() -> tuple[Tensor, Tensor]:
         states, index = states_before(policy, ids, mask, share)
         return _head(policy, states, index, ids[want].to(policy.device), temperature, entropy)
-    with torch.autocast(policy.device.type, torch.bfloat16, enabled=bf16): logps, h = policy.model.within(both) if policy.sharded else both()
+    with torch.autocast(policy.device.type, torch.bfloat16, enabled=bf16): logps, h = policy.within(both)
     zero = torch.zeros(ids.shape, dtype=logps.dtype, device=policy.device)
     return zero.masked_scatter(want.to(policy.device), logps), zero.masked_scatter(want.to(policy.device), h)
 
@@ -1082,10 +1089,12 @@ def shard(
     policy: Policy,  # changed in place, in a process group that has begun (torchrun, accelerate)
 ) -> Policy:         # the same policy; make its optimizer afterwards
     "Spread the weights over the processes (PyTorch's `fully_shard`, layer by layer)."
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
     from transformers.modeling_layers import GradientCheckpointingLayer
     for layer in [m for m in policy.model.modules() if isinstance(m, GradientCheckpointingLayer)]: fully_shard(layer)
     fully_shard(policy.model)
+    for m in policy.model.modules():
+        if isinstance(m, FSDPModule): m.set_gradient_divide_factor(1.)  # gradients are shares of one sum
     policy.model.within = lambda f: f()
     register_fsdp_forward_method(policy.model, 'within')  # what is computed within it finds its weights gathered
     policy.sharded = True
