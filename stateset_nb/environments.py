@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy, inspect, json, math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -31,7 +31,7 @@ class Step(Record):
     reward: float = 0.0                 # of this turn
     terminated: bool = False            # the episode is over
     truncated: bool = False             # it was cut
-    info: dict[str, Any] = field(default_factory=dict, hash=False)  # at the end: 'success' and what led to it
+    info: dict[str, Any] = field(default_factory=dict, hash=False)  # at the end: 'success' and what led to it; on the way: 'state', a text that is equal where the talk stands alike
     _nested: ClassVar[dict[str, type]] = {'messages': Message}
 
 # %% ../nbs/30_environments.ipynb #1b1f7e71
@@ -202,11 +202,14 @@ def _finite(step: Step) -> float:
     return step.reward
 
 # %% ../nbs/30_environments.ipynb #0b423b74
-async def _add_reward(reward_fn: RewardFunction, talk: list[Message], context: EpisodeContext, rewards: list[float]) -> dict[str, float]:
-    "Ask a reward function about a finished episode, and add what it says to the last turn."
+async def _add_reward(reward_fn: RewardFunction, talk: list[Message], context: EpisodeContext, rewards: list[float]) -> tuple[dict[str, float], dict[str, list[float]]]:
+    "Ask a reward function about a finished episode, and add what it says to the last turn: (its components, what the whole is made of)."
     r = await reward_fn.compute_reward(talk, context)
+    said = r.metadata.get('weights')
+    weights = said if isinstance(said, dict) else {}
+    made_of = {'environment': [math.fsum(rewards), 1.]} | {k: [v, weights.get(k, 1.)] for k, v in (r.components or {reward_fn.name: r.reward}).items()}
     rewards[-1] += r.reward if r.reward is not None else r.score
-    return {**r.components, reward_fn.name: r.score}
+    return {**r.components, reward_fn.name: r.score}, made_of
 
 # %% ../nbs/30_environments.ipynb #ae3f2418
 @dataclass
@@ -217,20 +220,39 @@ class _Episode:
     rewards: list[float] = field(default_factory=list)
     last: Step = Step()
     version: int = 0
+    sampled: int = 0                                                  # tokens, over all turns
+    states: list[str | None] = field(default_factory=lambda: ['start'])  # in which each turn began; None where the environment did not say
+
+    def info(self) -> dict[str, Any]:
+        "What the environment said at the end, and the states if it said them all along."
+        states = self.states[:len(self.rewards)]
+        return self.last.info | ({'states': states} if len(states) > 1 and None not in states else {})
 
 # %% ../nbs/30_environments.ipynb #9dfaf4b3
-async def _play(agent: Agent, env: Environment, ep: _Episode, scenario: Scenario, seed: int, sample: int, max_turns: int) -> None:
+def _held_to(agent: Agent, tokens: int) -> Agent:
+    "The agent, with so many tokens left for a turn."
+    if tokens >= agent.config.max_new_tokens: return agent
+    agent.backend                # made once, so that both have the same
+    new = copy.copy(agent)
+    new.config = replace(agent.config, max_new_tokens=tokens)
+    return new
+
+# %% ../nbs/30_environments.ipynb #b442adeb
+async def _play(agent: Agent, env: Environment, ep: _Episode, scenario: Scenario, seed: int, sample: int, max_turns: int, max_total_tokens: int = 0) -> None:
     "Turn after turn until the episode ends or is cut."
     ep.talk = list(await env.reset(scenario, stream(seed, scenario.id, 'environment')))
     schemas = [t.schema for t in env.tools] or None
     for turn in range(max_turns):
-        try: reply = await agent.respond(ep.talk, schemas, stream(seed, scenario.id, sample, turn))
+        if max_total_tokens and ep.sampled >= max_total_tokens: break
+        speaker = _held_to(agent, max_total_tokens - ep.sampled) if max_total_tokens else agent
+        try: reply = await speaker.respond(ep.talk, schemas, stream(seed, scenario.id, sample, turn))
         except ContextFull:
             if not ep.rewards: raise
             break
         ep.tokens.add(reply); ep.talk.append(reply.message); ep.version = reply.policy_version
         ep.last = await env.step(reply.message) if reply.finish_reason == 'stop' else await env.cut()
         ep.talk += ep.last.messages; ep.rewards.append(_finite(ep.last))
+        ep.sampled += len(reply.ids); ep.states.append(ep.last.info.get('state'))
         if ep.last.terminated or ep.last.truncated: return
     ep.last = await env.cut()
     ep.rewards[-1] += _finite(ep.last)
@@ -246,21 +268,23 @@ async def rollout(
     order: int = 0,               # place among episodes in flight: batches follow it
     reward_fn: RewardFunction | None = None,  # asked once at the end, added to the last turn's reward
     max_turns: int = 64,          # turns of the agent before the episode is cut, whatever the environment says
+    max_total_tokens: int = 0,    # tokens the agent may say in all its turns before the episode is cut; 0 sets no limit
 ) -> Trajectory:                  # messages, tokens, rewards; `error` says what went wrong, if anything did
     "Play one episode."
     env, ep = environment.spawn(), _Episode()
     parts: dict[str, float] = {}
+    made_of: dict[str, list[float]] = {}
     error: str | None = None
     with agent.conversation((order, scenario.id, sample)):
         try:
-            await _play(agent, env, ep, scenario, seed, sample, max_turns)
-            if reward_fn is not None: parts = await _add_reward(reward_fn, ep.talk, env.context(), ep.rewards)
+            await _play(agent, env, ep, scenario, seed, sample, max_turns, max_total_tokens)
+            if reward_fn is not None: parts, made_of = await _add_reward(reward_fn, ep.talk, env.context(), ep.rewards)
         except Exception as e: error = f'{type(e).__name__}: {e}'
         finally:
             try: await env.close()
             except Exception as e: error = error or f'{type(e).__name__}: {e}'
     return Trajectory(f'{scenario.id}/{sample}', scenario.id, seed, tuple(ep.talk), ep.tokens.done(), tuple(ep.rewards), parts,
-                      ep.last.terminated, ep.last.truncated, error, ep.version, ep.last.info)
+                      ep.last.terminated, ep.last.truncated, error, ep.version, ep.info() | ({'rewards': made_of} if made_of else {}))
 
 # %% ../nbs/30_environments.ipynb #4c43ff08
 async def rollouts(
@@ -273,12 +297,13 @@ async def rollouts(
     limit: int = 256,              # episodes in flight
     max_turns: int = 64,           # turns of the agent before an episode is cut
     on_done: Callable[[Trajectory], None] | None = None,  # called as each ends
+    max_total_tokens: int = 0,     # tokens the agent may say in an episode before it is cut; 0 sets no limit
 ) -> list[TrajectoryGroup]:        # one group a scenario, in the order given; raises `StateSetError` when every episode failed
     "Play n episodes of each scenario."
     if len({s.id for s in scenarios}) < len(scenarios): raise DataError('two scenarios have the same id — ids name random streams, so they must be unique')
     async def play(job: tuple[int, int]) -> Trajectory:
         i, k = job
-        t = await rollout(agent, environment, scenarios[i], seed, sample=k, order=i * n + k, reward_fn=reward_fn, max_turns=max_turns)
+        t = await rollout(agent, environment, scenarios[i], seed, sample=k, order=i * n + k, reward_fn=reward_fn, max_turns=max_turns, max_total_tokens=max_total_tokens)
         if on_done is not None: on_done(t)
         return t
     ts = await gather(play, [(i, k) for i in range(len(scenarios)) for k in range(n)], limit)
@@ -531,6 +556,11 @@ class SupportDesk(ConversationEnvironment):
         self.said: list[list[str]] = [[] for _ in self.requests]
         return ([Message('system', DESK_POLICY)] if self.show_policy else []) + list(self.talk)
 
+    async def step(self, message: Message) -> Step:
+        "As ever; and as long as the talk goes on, it says in which state."
+        s = await super().step(message)
+        return s if s.terminated or s.truncated else replace(s, info=s.info | {'state': self._state()})
+
     async def user_turn(self) -> Message | None:
         "The customer gives a missing number, insists, goes on to the next wish, or leaves."
         r = self.requests[self.now]
@@ -554,6 +584,13 @@ class SupportDesk(ConversationEnvironment):
         "A talk that is cut is no success; what was right so far still counts."
         end = await self.outcome()
         return Step(reward=(1 - self.all_right) * _share(end.info['requests']), truncated=True, info=end.info | {'success': False})
+
+    def _state(self) -> str:
+        "The request at hand, how far it is, and what became of the orders."
+        was, book = self.scenario.goal['orders'], self.book
+        changed = {k: sorted(f for f, v in o.items() if v != was.get(k, {}).get(f)) for k, o in book.orders.items() if o != was.get(k)}
+        facts = {'told': self.told, 'insisted': self.insisted, 'looked': sorted(book.looked), 'blind': sorted(book.blind), 'escalated': book.escalated, 'changed': changed}
+        return f'request {self.now + 1}: ' + json.dumps({k: v for k, v in facts.items() if v})
 
     def context(self) -> EpisodeContext:
         "Scenario, database and tool log."

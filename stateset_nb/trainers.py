@@ -19,15 +19,16 @@ from torch import Tensor, nn
 from .core import ConfigError, DataError, NotTrained, Record, Scenario, Segment, StateSetError, Trajectory, TrajectoryGroup, check_keys, progress_bar, run_sync, stream, write_text
 from .policy import Policy, check_head, load_policy, new_folder, pad_rows, save_policy, sequence_logps, shared_prefix, states_before
 from .agents import Agent, PolicyBackend
-from .rewards import RewardFunction
+from .rewards import CompositeReward, RewardFunction
 from .environments import ConversationEnvironment, Environment, rollouts
-from .grpo import KL_KINDS, LOSS_TYPES, agreeing_groups, gae_advantages, group_advantages, grpo_loss, mean_metrics, pad_turns, returns_to_go, sum_and_count, turn_advantages
+from .grpo import (KL_KINDS, LOSS_TYPES, SAMPLER_MODES, SCALES, adapt_beta, agreeing_groups, anchor_advantages, gae_advantages, gdpo_advantages, group_advantages, grpo_loss, kept_groups,
+                              mean_metrics, number_states, pad_turns, returns_to_go, sampler_metrics, sampler_weights, soft_overlong_punishment, turn_advantages)
 
 # %% auto #0
 __all__ = ['R', 'TrainingConfig', 'TrainingProfile', 'TrainingRun', 'credit', 'Row', 'make_rows', 'micro_batches', 'backward',
            'turn_features', 'ValueHead', 'CreditView', 'show_credit', 'play_metrics', 'last_checkpoint',
-           'TrainerCallback', 'pick_scenarios', 'learning_rate_at', 'learn', 'RunLog', 'MultiTurnGRPOTrainer',
-           'SingleTurnGRPOTrainer']
+           'best_checkpoint', 'TrainerCallback', 'pick_scenarios', 'learning_rate_at', 'learn', 'RunLog',
+           'MultiTurnGRPOTrainer', 'SingleTurnGRPOTrainer']
 
 # %% ../nbs/32_trainers.ipynb #b9572998
 _Rule = tuple[Callable[[Any], bool], str]  # what a value may be: asked, and said
@@ -41,58 +42,112 @@ def _in_range(name: str, v: Any, rule: _Rule) -> None:
     ok, want = rule
     if isinstance(v, bool) or not isinstance(v, (int, float)) or not ok(v): raise ConfigError(f'{name}={v!r} — must be {want}')
 
+def _optional(name: str, v: Any, rule: _Rule) -> None:
+    "The same, where None is allowed."
+    if v is not None: _in_range(name, v, (rule[0], rule[1] + ', or None'))
+
 # %% ../nbs/32_trainers.ipynb #eca1a798
 _RANGES: dict[str, _Rule] = {
-    **dict.fromkeys('num_episodes prompts_per_step max_completion_length max_turns num_iterations micro_batch_tokens rollout_limit save_total_limit'.split(), _count),
+    **dict.fromkeys('num_episodes prompts_per_step max_completion_length max_turns num_iterations micro_batch_tokens rollout_limit save_total_limit max_num_gen_batches'.split(), _count),
     'num_generations': (lambda v: isinstance(v, int) and v >= 2, 'a whole number, at least 2: advantages compare siblings'),
-    **dict.fromkeys('temperature learning_rate value_learning_rate max_grad_norm epsilon epsilon_high'.split(), _positive),
-    **dict.fromkeys('warmup_steps seed eval_steps save_steps'.split(), _whole),
-    **dict.fromkeys('weight_decay beta'.split(), _nonneg),
+    **dict.fromkeys('temperature learning_rate value_learning_rate max_grad_norm epsilon epsilon_high sapo_temperature_pos sapo_temperature_neg'.split(), _positive),
+    **dict.fromkeys('warmup_steps seed eval_steps save_steps max_total_tokens soft_punish_cache'.split(), _whole),
+    **dict.fromkeys('weight_decay beta kl_target entropy_coef omega'.split(), _nonneg),
     **dict.fromkeys(('gamma', 'gae_lambda'), (lambda v: 0 <= v <= 1, 'from 0 to 1'))}
+_OPTIONAL: dict[str, _Rule] = dict.fromkeys('delta vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min'.split(), _positive)
 _CHOICES: dict[str, Sequence[Any]] = {
-    'scale_rewards': (True, False), 'mask_truncated_completions': (True, False), 'lr_scheduler_type': ('constant', 'linear', 'cosine'),
-    'loss_type': LOSS_TYPES, 'importance_sampling_level': ('token', 'sequence'), 'kl': KL_KINDS, 'turn_credit': ('outcome', 'turn', 'gae')}
+    'scale_rewards': (True, False, *SCALES), 'lr_scheduler_type': ('constant', 'linear', 'cosine'), 'multi_objective_aggregation': ('sum_then_normalize', 'normalize_then_sum'),
+    'loss_type': LOSS_TYPES, 'importance_sampling_level': ('token', 'sequence'), 'kl': KL_KINDS, 'turn_credit': ('outcome', 'turn', 'gae', 'anchor'), 'vllm_importance_sampling_mode': SAMPLER_MODES,
+    **dict.fromkeys('mask_truncated_completions truncated_in_baseline leave_one_out filter_groups use_bias_correction_kl vllm_importance_sampling_correction greater_is_better'.split(), (True, False))}
+
+# %% ../nbs/32_trainers.ipynb #4378ec75
+def _check_together(c: TrainingConfig) -> None:
+    "Refuse settings that do not go together."
+    low, high, scaled = c.vllm_importance_sampling_clip_min, c.vllm_importance_sampling_clip_max, c.scale_rewards in (True, 'group')
+    for wrong, message in (
+        (c.loss_type == 'cispo' and c.epsilon_high < 1, f"epsilon_high={c.epsilon_high} — loss_type='cispo' takes it as the highest ratio itself, at least 1 — try epsilon_high=5"),
+        (c.delta is not None and c.loss_type in ('cispo', 'sapo'), f'delta={c.delta} — loss_type={c.loss_type!r} has no second clip where the advantage is negative — leave delta out'),
+        (c.delta is not None and c.delta <= 1 + c.epsilon_high, f'delta={c.delta} — must be above 1 + epsilon_high = {1 + c.epsilon_high}, or it clips what the clip lets through'),
+        (c.kl_target and not c.beta, f'kl_target={c.kl_target} without beta — it steers beta by multiplying it — give a beta to begin with, e.g. 0.05'),
+        (low is None and high is None, 'vllm_importance_sampling_clip_max and vllm_importance_sampling_clip_min are None — the weights need at least one bound — try clip_max=3'),
+        (low is not None and high is not None and low >= high, f'vllm_importance_sampling_clip_min={low} — must be below vllm_importance_sampling_clip_max={high}'),
+        (c.soft_punish_cache > c.max_completion_length, f'soft_punish_cache={c.soft_punish_cache} — the fine grows over the last tokens before max_completion_length={c.max_completion_length} — must not be above it'),
+        (c.turn_credit == 'anchor' and c.scale_rewards == 'batch', "scale_rewards='batch' with turn_credit='anchor' — states are compared within a group — use True or False"),
+        (c.turn_credit != 'outcome' and c.leave_one_out, f"leave_one_out with turn_credit={c.turn_credit!r} — it is for 'outcome'"),
+        (c.turn_credit == 'gae' and c.filter_groups, "filter_groups with turn_credit='gae' — a value head learns from groups that agree too — leave one of them out"),
+        (not c.truncated_in_baseline and not c.mask_truncated_completions, 'truncated_in_baseline=False without mask_truncated_completions=True — what is learnt from is compared — set both'),
+        (c.multi_objective_aggregation != 'sum_then_normalize' and not (c.turn_credit == 'outcome' and scaled and not c.leave_one_out),
+         "multi_objective_aggregation='normalize_then_sum' has a scale of its own and one advantage an episode — use turn_credit='outcome', scale_rewards=True and no leave_one_out"),
+        ((c.metric_for_best_model or '').startswith('eval/') and not c.eval_steps, f'metric_for_best_model={c.metric_for_best_model!r} is measured by `evaluate`, which eval_steps=0 never calls — set eval_steps')):
+        if wrong: raise ConfigError(message)
 
 # %% ../nbs/32_trainers.ipynb #e9f73c4b
 @dataclass(frozen=True)
 class TrainingConfig(Record):
     "What a training run is made of; names as in TRL where TRL has them."
+    # what is played
     num_episodes: int = 50            # rounds of playing and learning
     prompts_per_step: int = 8         # scenarios of a round (P)
     num_generations: int = 8          # episodes of each scenario, compared with each other (G)
     max_completion_length: int = 128  # tokens a turn may have
+    max_total_tokens: int = 0         # tokens the agent may say in an episode, over all turns, before it is cut; 0 sets no limit
     max_turns: int = 64               # turns of the agent before an episode is cut, whatever the environment says
     temperature: float = 1.0          # of sampling; the ratio is taken at the same one
+    filter_groups: bool = False       # leave out groups that agree, and play further scenarios until there are prompts_per_step others (DAPO)
+    max_num_gen_batches: int = 4      # batches of scenarios a round may play for that
+    rollout_limit: int = 256          # episodes in flight
+    seed: int = 0                     # of scenarios and sampling
+    # who gets the credit
+    turn_credit: str = 'outcome'      # 'outcome': the episode's return for every turn; 'turn': what follows each turn, against the siblings; 'gae': the same against a value head; 'anchor': the outcome, and turns in one state against each other
+    scale_rewards: bool | str = True  # advantages are divided by the spread of the 'group' (True), of the 'batch', or by nothing ('none', False)
+    leave_one_out: bool = False       # compare with the siblings only, without oneself (RLOO); for 'outcome'
+    multi_objective_aggregation: str = 'sum_then_normalize'  # or 'normalize_then_sum': each part of the reward is compared by itself (GDPO)
+    gamma: float = 1.0                # discount a turn, for 'turn', 'gae' and 'anchor'; for 'anchor' try 0.95
+    omega: float = 1.0                # weight of the turns in one state beside the outcome, for 'anchor'
+    gae_lambda: float = 0.95          # how far 'gae' looks before it trusts the value head; 1 looks to the end
+    value_learning_rate: float = 1e-2 # of Adam on the value head, for 'gae'
+    mask_truncated_completions: bool = False  # learn nothing from episodes that were cut; they still count in the baseline
+    truncated_in_baseline: bool = True  # False: nor do they count there
+    soft_punish_cache: int = 0        # tokens before max_completion_length in which a fine on the longest turn grows from 0 to -1; 0 fines nothing
+    # the loss
+    loss_type: str = 'dapo'           # 'grpo', 'bnpo', 'dapo', 'dr_grpo', 'cispo' or 'sapo': how tokens are averaged, and for the last two how they are weighed
+    importance_sampling_level: str = 'token'  # ratio of each 'token' or of the whole 'sequence'
+    num_iterations: int = 1           # updates on each round's episodes
+    epsilon: float = 0.2              # how far the ratio may fall below 1; 'cispo' and 'sapo' have no floor
+    epsilon_high: float = 0.28        # how far it may rise above 1; for 'cispo' the highest ratio itself, e.g. 5
+    delta: float | None = None        # cap of the ratio where the advantage is negative, above 1 + epsilon_high; None has no cap
+    sapo_temperature_pos: float = 1.0   # how soon the gate of 'sapo' closes, where the advantage is positive
+    sapo_temperature_neg: float = 1.05  # and where it is negative
+    entropy_coef: float = 0.0         # weight of the mean entropy, which is taken off the loss
+    beta: float = 0.0                 # weight of the distance from the reference policy; 0 keeps no reference
+    kl: str = 'k3'                    # how that distance is estimated
+    use_bias_correction_kl: bool = True  # multiply the estimate by the ratio, for the true gradient
+    kl_target: float = 0.0            # nats a token that beta is steered to, round by round; 0 leaves beta alone
+    vllm_importance_sampling_correction: bool = False  # weigh tokens by trainer over sampler, for a policy that is sampled by another engine
+    vllm_importance_sampling_mode: str = 'sequence_mask'  # a weight of each 'token_' or of the 'sequence_', outside its bounds 'truncate'd or 'mask'ed
+    vllm_importance_sampling_clip_max: float | None = 3.0   # highest weight; None has no bound
+    vllm_importance_sampling_clip_min: float | None = None  # lowest weight; None has no bound
+    # the optimiser
     learning_rate: float = 1e-5       # of AdamW
     lr_scheduler_type: str = 'constant'  # 'constant', 'linear' or 'cosine' (to zero at the end)
     warmup_steps: int = 0             # updates over which the learning rate rises from zero
     weight_decay: float = 0.0         # of AdamW
     max_grad_norm: float = 1.0        # longer gradients are shortened to this
-    num_iterations: int = 1           # updates on each round's episodes
-    loss_type: str = 'dapo'           # 'grpo', 'bnpo', 'dapo', 'dr_grpo' or 'cispo': how tokens are averaged, and for 'cispo' how they are weighed
-    importance_sampling_level: str = 'token'  # ratio of each 'token' or of the whole 'sequence'
-    scale_rewards: bool = True        # divide advantages by the group's spread
-    epsilon: float = 0.2              # how far the ratio may fall below 1
-    epsilon_high: float = 0.28        # how far it may rise above 1; for 'cispo' the highest ratio itself, e.g. 5
-    beta: float = 0.0                 # weight of the distance from the reference policy; 0 keeps no reference
-    kl: str = 'k3'                    # how that distance is estimated
-    turn_credit: str = 'outcome'      # 'outcome': the episode's return for every turn; 'turn': what follows each turn, against the siblings; 'gae': the same against a value head
-    gamma: float = 1.0                # discount a turn, for turn_credit='turn' and 'gae'
-    gae_lambda: float = 0.95          # how far 'gae' looks before it trusts the value head; 1 looks to the end
-    value_learning_rate: float = 1e-2 # of Adam on the value head, for 'gae'
-    mask_truncated_completions: bool = False  # learn nothing from episodes that were cut; they still count in the baseline
     micro_batch_tokens: int = 8192    # tokens of one forward and backward pass, those in common counted once
-    rollout_limit: int = 256          # episodes in flight
-    seed: int = 0                     # of scenarios and sampling
+    # what is measured and kept
     eval_steps: int = 0               # rounds between calls of `evaluate`; 0 never
     save_steps: int = 0               # rounds between checkpoints; 0 only at the end
-    save_total_limit: int = 2         # checkpoints kept
+    save_total_limit: int = 2         # checkpoints kept, the newest
+    metric_for_best_model: str | None = None  # e.g. 'eval/success': the checkpoint of the round with the best one is kept besides
+    greater_is_better: bool = True    # which is best: the highest, or the lowest
 
     def __post_init__(self) -> None:
         for name, rule in _RANGES.items(): _in_range(name, self.__dict__[name], rule)
+        for name, rule in _OPTIONAL.items(): _optional(name, self.__dict__[name], rule)
         for name, kinds in _CHOICES.items():
             if self.__dict__[name] not in kinds: raise ConfigError(f'{name}={self.__dict__[name]!r} — expected one of {", ".join(map(str, kinds))}')
-        if self.loss_type == 'cispo' and self.epsilon_high < 1: raise ConfigError(f"epsilon_high={self.epsilon_high} — loss_type='cispo' takes it as the highest ratio itself, at least 1 — try epsilon_high=5")
+        if self.metric_for_best_model is not None and not isinstance(self.metric_for_best_model, str): raise ConfigError(f'metric_for_best_model={self.metric_for_best_model!r} — expected the name of a metric, or None')
+        _check_together(self)
 
     @classmethod
     def from_profile(
@@ -115,7 +170,7 @@ class TrainingProfile(Enum):
 # %% ../nbs/32_trainers.ipynb #98d26b84
 class TrainingRun:
     "The handle of a run: start, pause, resume, stop, knobs, listeners. May be used from any thread."
-    knobs = {k: _RANGES[k] for k in ('learning_rate', 'temperature', 'epsilon', 'epsilon_high', 'beta', 'max_grad_norm')}  # name -> (what it may be, in words)
+    knobs = {k: _RANGES[k] for k in ('learning_rate', 'temperature', 'epsilon', 'epsilon_high', 'beta', 'entropy_coef', 'max_grad_norm')}  # name -> (what it may be, in words)
 
     def __init__(self) -> None:
         self.state = 'ready'                      # 'ready', 'running', 'paused', 'stopped' or 'done'
@@ -166,21 +221,60 @@ class TrainingRun:
         return turned
 
 # %% ../nbs/32_trainers.ipynb #1a470313
+def _overlong(t: Trajectory, c: TrainingConfig) -> float:
+    "The fine on the longest turn of an episode, from 0 to -1."
+    if not c.soft_punish_cache: return 0.
+    return soft_overlong_punishment([max((hi - lo for s in t.segments for lo, hi in s.turn_spans), default=0)], c.max_completion_length, c.soft_punish_cache).item()
+
+def _earned(t: Trajectory, c: TrainingConfig) -> tuple[float, ...]:
+    "The rewards of an episode's turns; the fine is paid with the last."
+    return (*t.turn_rewards[:-1], t.turn_rewards[-1] + _overlong(t, c)) if t.turn_rewards and c.soft_punish_cache else t.turn_rewards
+
+def _left_out(t: Trajectory, c: TrainingConfig) -> bool:
+    "Whether an episode is nobody's sibling: it failed, or it was cut and shall not count."
+    return t.error is not None or (t.truncated and c.mask_truncated_completions and not c.truncated_in_baseline)
+
+# %% ../nbs/32_trainers.ipynb #d7e6f117
+def _parts(t: Trajectory, c: TrainingConfig) -> dict[str, tuple[float, float]]:
+    "What an episode's reward is made of: name -> (value, weight)."
+    parts = {k: (v, w) for k, (v, w) in t.info['rewards'].items()} if 'rewards' in t.info else {k: (v, 1.) for k, v in (t.components or {'reward': t.reward}).items()}
+    return parts | ({'overlong': (_overlong(t, c), 1.)} if c.soft_punish_cache else {})
+
+def _part_advantages(groups: Sequence[TrajectoryGroup], c: TrainingConfig) -> Tensor:
+    "The advantage [P, G] of each episode, its parts compared one by one."
+    parts = [[{} if _left_out(t, c) else _parts(t, c) for t in g.trajectories] for g in groups]
+    weights = {k: w for row in parts for p in row for k, (_, w) in p.items()}
+    names = sorted(weights) or ['reward']   # where nobody is left
+    return gdpo_advantages(torch.tensor([[[p[k][0] if k in p else math.nan for k in names] for p in row] for row in parts], dtype=torch.float64), [weights.get(k, 1.) for k in names])
+
+# %% ../nbs/32_trainers.ipynb #0ca4d6be
+def _states(t: Trajectory) -> list[str]:
+    "The state each turn of an episode began in."
+    states = t.info.get('states', ['start'] if len(t.turn_rewards) == 1 else [])
+    if len(states) != len(t.turn_rewards):
+        raise ConfigError(f"turn_credit='anchor' needs the state each turn began in — {t.id} has {len(states)} for {len(t.turn_rewards)} turns — let the environment say it in Step.info['state'], or use turn_credit='turn'")
+    return states
+
+# %% ../nbs/32_trainers.ipynb #a050a933
 def credit(
     groups: Sequence[TrajectoryGroup],  # P groups of G episodes
     config: TrainingConfig,             # how credit is given
     values: Sequence[Tensor] = (),      # for 'gae': [K] of each episode, group after group: what was expected before each turn
 ) -> list[list[Tensor]]:                # [P][G] one advantage per turn of the episode
     "The advantage of every turn of every episode; a failed episode has none."
-    turns = [[len(t.turn_rewards) for t in g.trajectories] for g in groups]
-    if config.turn_credit == 'outcome':
-        one = group_advantages(torch.tensor([[math.nan if r is None else r for r in g.rewards] for g in groups], dtype=torch.float64), scale=config.scale_rewards)
+    if not groups: return []
+    c, scale, turns = config, config.scale_rewards, [[len(t.turn_rewards) for t in g.trajectories] for g in groups]
+    siblings = [[None if _left_out(t, c) else t for t in g.trajectories] for g in groups]
+    if c.turn_credit == 'outcome':
+        if c.multi_objective_aggregation == 'normalize_then_sum': one = _part_advantages(groups, c)
+        else: one = group_advantages(torch.tensor([[math.nan if t is None else math.fsum(_earned(t, c)) for t in row] for row in siblings], dtype=torch.float64), scale=scale, leave_one_out=c.leave_one_out)
         return [[one[p, g].expand(k) for g, k in enumerate(row)] for p, row in enumerate(turns)]
-    rewards, n = pad_turns([[None if t.error else t.turn_rewards for t in g.trajectories] for g in groups])
-    if config.turn_credit == 'turn': adv = turn_advantages(rewards, n, config.gamma, scale=config.scale_rewards)
+    rewards, n = pad_turns([[None if t is None else _earned(t, c) for t in row] for row in siblings])
+    if c.turn_credit == 'turn': adv = turn_advantages(rewards, n, c.gamma, scale=scale)
+    elif c.turn_credit == 'anchor': adv = anchor_advantages(rewards, n, number_states([[None if t is None else _states(t) for t in row] for row in siblings]), c.gamma, c.omega, scale=scale)
     else:
         expected = nn.utils.rnn.pad_sequence([v[:rewards.size(-1)] for v in values], batch_first=True)
-        adv = gae_advantages(rewards, nn.functional.pad(expected, (0, rewards.size(-1) - expected.size(-1))).view_as(rewards), n, config.gamma, config.gae_lambda, scale=config.scale_rewards)
+        adv = gae_advantages(rewards, nn.functional.pad(expected, (0, rewards.size(-1) - expected.size(-1))).view_as(rewards), n, c.gamma, c.gae_lambda, scale=scale)
     return [[adv[p, g, :k] for g, k in enumerate(row)] for p, row in enumerate(turns)]
 
 # %% ../nbs/32_trainers.ipynb #11698c8d
@@ -231,15 +325,22 @@ def micro_batches(
 def _one_a_row(adv: Tensor, mask: Tensor) -> Tensor:
     "The advantage [B] of rows in which every sampled token has the same one."
     low, high = adv.masked_fill(mask == 0, math.inf).amin(-1), adv.masked_fill(mask == 0, -math.inf).amax(-1)
-    if bool((high > low).any()): raise ConfigError("importance_sampling_level='sequence' has one ratio a row, turn_credit='turn' several advantages — use turn_credit='outcome'")
+    if bool((high > low).any()): raise ConfigError("importance_sampling_level='sequence' has one ratio a row, turn_credit='turn', 'gae' and 'anchor' several advantages — use turn_credit='outcome'")
     return torch.where(torch.isfinite(high), high, 0)
 
 # %% ../nbs/32_trainers.ipynb #2eb9f6e6
 def _loss_settings(c: TrainingConfig) -> dict[str, Any]:
     "What of a config the loss is made with."
-    return {'level': c.importance_sampling_level} | {k: c.__dict__[k] for k in ('epsilon', 'epsilon_high', 'beta', 'kl', 'loss_type', 'max_completion_length')}
+    names = 'epsilon epsilon_high delta sapo_temperature_pos sapo_temperature_neg entropy_coef beta kl use_bias_correction_kl loss_type max_completion_length'
+    return {'level': c.importance_sampling_level} | {k: c.__dict__[k] for k in names.split()}
 
 # %% ../nbs/32_trainers.ipynb #a095e681
+def _weights(before: Tensor, played: Tensor, mask: Tensor, c: TrainingConfig) -> Tensor | None:
+    "What the gain of each token is multiplied by, where another engine sampled it."
+    if not c.vllm_importance_sampling_correction: return None
+    return sampler_weights(before, played, mask, c.vllm_importance_sampling_mode, c.vllm_importance_sampling_clip_max, c.vllm_importance_sampling_clip_min)
+
+# %% ../nbs/32_trainers.ipynb #d0416329
 def backward(
     policy: Policy,            # gradients are added to its weights
     rows: Sequence[Row],       # a micro-batch
@@ -251,7 +352,7 @@ def backward(
 ) -> tuple[float, dict[str, Tensor], list[Tensor]]:  # (share of the loss, metrics as sums and counts, log-probabilities [T] of each row)
     "Loss and gradient of one micro-batch."
     ids, mask = pad_rows([r.ids for r in rows]), pad_rows([r.mask for r in rows])
-    logps, _ = sequence_logps(policy, ids, mask, config.temperature)
+    logps, entropy = sequence_logps(policy, ids, mask, config.temperature, entropy=bool(config.entropy_coef))
     adv = pad_rows([r.advantages for r in rows], dtype=logps.dtype).to(logps.device)
     mask = mask.to(logps.device)
     ref = None
@@ -259,11 +360,12 @@ def backward(
         with torch.no_grad(): ref, _ = sequence_logps(reference, ids, mask, config.temperature)
     old = None if old_logps is None else nn.utils.rnn.pad_sequence(list(old_logps), batch_first=True)
     if config.importance_sampling_level == 'sequence': adv = _one_a_row(adv, mask)
-    loss, metrics = grpo_loss(logps, old, ref, adv, mask, n_sequences=n_sequences, n_tokens=n_tokens, **_loss_settings(config))
+    played, before = pad_rows([r.logps for r in rows], dtype=torch.float32).to(logps.device), logps.detach() if old is None else old
+    weights = _weights(before, played, mask, config)
+    loss, metrics = grpo_loss(logps, old, ref, adv, mask, weights=weights, entropy=entropy if config.entropy_coef else None, n_sequences=n_sequences, n_tokens=n_tokens, **_loss_settings(config))
     if not torch.isfinite(loss): raise StateSetError(f'the loss is {loss.item()} — weights or rewards are broken — go back to the last checkpoint with a smaller learning_rate')
     loss.backward()
-    played = pad_rows([r.logps for r in rows], dtype=torch.float32).to(logps.device)
-    metrics['sampling/sampling_logp_difference/mean'] = sum_and_count((logps.detach() - played).abs(), mask)
+    metrics |= sampler_metrics(before, played, mask, weights)
     return loss.item(), metrics, [lp[:len(r.ids)] for lp, r in zip(logps.detach(), rows)]
 
 # %% ../nbs/32_trainers.ipynb #8059eb75
@@ -346,6 +448,7 @@ def show_credit(
 # %% ../nbs/32_trainers.ipynb #70e3ff3b
 def play_metrics(
     groups: Sequence[TrajectoryGroup],  # P groups of G episodes
+    config: TrainingConfig | None = None,  # for what depends on the settings
 ) -> dict[str, float]:                  # TRL's names
     "What the episodes of a round say."
     ts = [t for g in groups for t in g.trajectories]
@@ -358,6 +461,7 @@ def play_metrics(
            'num_turns/mean': float(np.mean([len(t.turn_rewards) for t in ok])), 'error_rate': 1 - len(ok) / len(ts)}
     if all('success' in t.info for t in ok): res['success'] = float(np.mean([t.info['success'] for t in ok]))
     for name in sorted({k for t in ok for k in t.components}): res[f'rewards/{name}/mean'] = float(np.mean([t.components[name] for t in ok if name in t.components]))
+    if config is not None and config.soft_punish_cache: res['completions/overlong_punishment'] = float(np.mean([_overlong(t, config) for t in ok]))
     return res
 
 # %% ../nbs/32_trainers.ipynb #093eec52
@@ -407,6 +511,23 @@ def last_checkpoint(
     "Where a run can be taken up again."
     return next(reversed(_checkpoints(Path(folder)).values()), None)
 
+# %% ../nbs/32_trainers.ipynb #6c7c1db9
+def _read_state(path: Path) -> dict[str, Any]:
+    "A checkpoint's `trainer.json`."
+    try: about = json.loads((path / 'trainer.json').read_text())
+    except (OSError, ValueError): about = None
+    if not isinstance(about, dict) or not {'step', 'config', 'settings'} <= about.keys(): raise DataError(f'{path} is not a checkpoint — expected a folder with trainer.json, optimizer.safetensors and policy/')
+    return about
+
+# %% ../nbs/32_trainers.ipynb #1c669dc6
+def best_checkpoint(
+    folder: str | os.PathLike[str],  # a run's folder
+) -> Path | None:                    # the first with the best value; None where none has one
+    "The checkpoint whose round did best by `metric_for_best_model`."
+    found = [(p, a.get('metric'), TrainingConfig.from_dict(a['config'])) for p in _checkpoints(Path(folder)).values() for a in [_read_state(p)]]
+    values = {p: v if c.greater_is_better else -v for p, v, c in found if v is not None and c.metric_for_best_model == found[-1][2].metric_for_best_model}
+    return max(values, key=lambda p: values[p], default=None)
+
 # %% ../nbs/32_trainers.ipynb #b5e8316f
 class TrainerCallback(Protocol):
     "Somebody who wants to know."
@@ -428,6 +549,23 @@ def pick_scenarios(
     n, k = len(scenarios), config.prompts_per_step
     def at(i: int) -> Scenario: return scenarios[np.random.default_rng(stream(config.seed, 'order', i // n)).permutation(n)[i % n]]
     return list({s.id: s for s in (at(i) for i in range(step * k, (step + 1) * k))}.values())
+
+# %% ../nbs/32_trainers.ipynb #d6618f7b
+def _more_scenarios(scenarios: Sequence[Scenario], step: int, c: TrainingConfig, batch: int) -> list[Scenario]:
+    "The scenarios of a round's further batch, from 1."
+    rest = {s.id: s for s in scenarios}
+    for s in pick_scenarios(scenarios, step, c): del rest[s.id]
+    order = np.random.default_rng(stream(c.seed, 'more', step)).permutation(len(rest))
+    return [list(rest.values())[i] for i in order[(batch - 1) * c.prompts_per_step:batch * c.prompts_per_step]]
+
+# %% ../nbs/32_trainers.ipynb #a8c326df
+def _kept(groups: Sequence[TrajectoryGroup], c: TrainingConfig) -> list[TrajectoryGroup]:
+    "The groups a round learns from: all, or with `filter_groups` the first that do not agree."
+    if not c.filter_groups: return list(groups)
+    ok = [t for g in groups for t in g.trajectories if t.error is None]
+    said = all('success' in t.info for t in ok)
+    asked = [[math.nan if t.error is not None else float(t.info['success']) if said else t.reward for t in g.trajectories] for g in groups]
+    return [g for g, keep in zip(groups, kept_groups(torch.tensor(asked, dtype=torch.float64), c.prompts_per_step).tolist()) if keep]
 
 # %% ../nbs/32_trainers.ipynb #dad718eb
 def learning_rate_at(
@@ -457,7 +595,7 @@ def _learn_values(policy: Policy, head: ValueHead, groups: Sequence[TrajectoryGr
     features = turn_features(policy, ts, c.micro_batch_tokens)
     with torch.no_grad(): values = [head.expect(f) for f in features]
     ok = [i for i, t in enumerate(ts) if not t.error and len(t.turn_rewards)]
-    came = torch.cat([returns_to_go(torch.tensor(ts[i].turn_rewards), c.gamma) for i in ok])
+    came = torch.cat([returns_to_go(torch.tensor(_earned(ts[i], c)), c.gamma) for i in ok])
     missed = came - torch.cat([values[i] for i in ok])
     loss = head.fit(torch.cat([features[i] for i in ok]), came)
     return values, {'value/loss': loss} | ({'value/explained_variance': 1 - (missed.var() / came.var()).item()} if len(came) > 1 and came.var() > 0 else {})
@@ -466,7 +604,7 @@ def _learn_values(policy: Policy, head: ValueHead, groups: Sequence[TrajectoryGr
 def _nothing_clipped(rows: Sequence[Row], config: TrainingConfig) -> dict[str, Tensor]:
     "The metrics of skipped rows."
     mask = pad_rows([r.mask for r in rows])
-    return grpo_loss(torch.zeros(mask.shape), None, None, torch.zeros(len(rows)), mask, **_loss_settings(config) | {'beta': 0.})[1]
+    return grpo_loss(torch.zeros(mask.shape), None, None, torch.zeros(len(rows)), mask, **_loss_settings(config) | {'beta': 0., 'entropy_coef': 0.})[1]
 
 # %% ../nbs/32_trainers.ipynb #6e533bf4
 def learn(
@@ -482,7 +620,7 @@ def learn(
     values, seen = ([], {}) if head is None else _learn_values(policy, head, groups, config)
     rows = [r for r in make_rows(groups, config, values) if any(r.mask)]
     n_sequences, n_tokens = max(len(rows), 1), max(sum(sum(r.mask) for r in rows), 1)
-    todo = [r for r in rows if config.beta or config.loss_type == 'bnpo' or any(r.advantages)]  # bnpo divides by the tokens at hand, so it must see them all
+    todo = [r for r in rows if config.beta or config.entropy_coef or config.loss_type == 'bnpo' or any(r.advantages)]  # bnpo divides by the tokens at hand, so it must see them all
     idle = [] if len(todo) == len(rows) else [_nothing_clipped([r for r in rows if not any(r.advantages)], config)]
     old: dict[int, Tensor] = {}
     res: dict[str, float] = {}
@@ -551,17 +689,11 @@ class RunLog:
     def prune(
         self,
         limit: int,  # checkpoints that stay, the newest
+        best: Path | None = None,  # stays too
     ) -> None:
         "Remove old checkpoints."
-        for p in list(_checkpoints(self.folder).values())[:-limit]: shutil.rmtree(p)
-
-# %% ../nbs/32_trainers.ipynb #6c7c1db9
-def _read_state(path: Path) -> dict[str, Any]:
-    "A checkpoint's `trainer.json`."
-    try: about = json.loads((path / 'trainer.json').read_text())
-    except (OSError, ValueError): about = None
-    if not isinstance(about, dict) or not {'step', 'config', 'settings'} <= about.keys(): raise DataError(f'{path} is not a checkpoint — expected a folder with trainer.json, optimizer.safetensors and policy/')
-    return about
+        for p in list(_checkpoints(self.folder).values())[:-limit]:
+            if p != best: shutil.rmtree(p)
 
 # %% ../nbs/32_trainers.ipynb #cb6cf7f2
 def _check_same(path: Any, then: dict[str, Any], now: dict[str, Any], allow: Sequence[str]) -> None:
@@ -572,7 +704,7 @@ def _check_same(path: Any, then: dict[str, Any], now: dict[str, Any], allow: Seq
 # %% ../nbs/32_trainers.ipynb #36e9795b
 class _Resumable:
     "A trainer's checkpoints."
-    agent: Agent; config: TrainingConfig; settings: TrainingConfig; step: int; log: RunLog | None
+    agent: Agent; config: TrainingConfig; settings: TrainingConfig; step: int; log: RunLog | None; metric: float | None
     policy: Policy | None; reference: Policy | None; head: ValueHead | None; optimizer: torch.optim.Optimizer
 
     async def initialize(self) -> None:
@@ -595,7 +727,7 @@ class _Resumable:
             if self.reference is not None: save_policy(self.reference, tmp / 'reference')
             _save_optimizer(self.optimizer, tmp)
             if self.head is not None: _save_head(self.head, tmp / 'value_head')
-            (tmp / 'trainer.json').write_text(json.dumps({'schema': 1, 'step': self.step, 'config': self.config.to_dict(), 'settings': self.settings.to_dict()}))
+            (tmp / 'trainer.json').write_text(json.dumps({'schema': 1, 'step': self.step, 'config': self.config.to_dict(), 'settings': self.settings.to_dict(), 'metric': self.metric}))
         return Path(path)
 
     async def load_checkpoint(
@@ -613,7 +745,8 @@ class _Resumable:
         if self.reference is not None: self.reference = load_policy(Path(path) / 'reference', str(policy.device))
         _load_optimizer(self.optimizer, Path(path))
         if self.head is not None: _load_head(self.head, Path(path) / 'value_head')
-        self.step, self.settings = about['step'], TrainingConfig.from_dict(about['settings'] | {k: now[k] for k in allow})
+        self.step, self.metric = about['step'], about.get('metric')
+        self.settings = TrainingConfig.from_dict(about['settings'] | {k: now[k] for k in allow})
         if self.log is not None: self.log.keep(self.step)
 
 # %% ../nbs/32_trainers.ipynb #aafae560
@@ -622,35 +755,64 @@ def _player(agent: Agent, c: TrainingConfig) -> Agent:
     return Agent(replace(agent.config, temperature=c.temperature, max_new_tokens=c.max_completion_length, top_p=1., top_k=0), agent.backend)
 
 # %% ../nbs/32_trainers.ipynb #20283f2b
+def _judged(metrics: dict[str, float], step: int, c: TrainingConfig) -> float | None:
+    "The value of `metric_for_best_model` in a round; None where the round has none."
+    name = c.metric_for_best_model
+    if name is None: return None
+    due = any(k.startswith('eval/') for k in metrics) if name.startswith('eval/') else step == 1
+    if due and name not in metrics: raise ConfigError(f'metric_for_best_model={name!r} is not measured — there are {", ".join(metrics)}')
+    return v if (v := metrics.get(name)) is not None and math.isfinite(v) else None
+
+# %% ../nbs/32_trainers.ipynb #e5f61e8f
 class _Rounds(_Resumable):
     "One round of a trainer: play, learn, evaluate, record."
     environment: Environment; reward_fn: RewardFunction | None; scenarios: list[Scenario]; run: TrainingRun
     evaluate: Callable[[Agent], Awaitable[dict[str, float]]] | None; callbacks: list[TrainerCallback]
     single_turn = False
 
-    async def play(self) -> list[TrajectoryGroup]:  # P groups of G episodes
-        "One round of episodes."
+    async def _batch(self, scenarios: list[Scenario], *address: Any) -> list[TrajectoryGroup]:
+        "Episodes of some scenarios; the address names their random streams."
         c = self.settings
-        groups = await rollouts(_player(self.agent, c), self.environment, pick_scenarios(self.scenarios, self.step, c), c.num_generations, stream(c.seed, 'step', self.step),
-                                self.reward_fn, c.rollout_limit, max_turns=1 if self.single_turn else c.max_turns)
+        groups = await rollouts(_player(self.agent, c), self.environment, scenarios, c.num_generations, stream(c.seed, 'step', self.step, *address),
+                                self.reward_fn, c.rollout_limit, max_turns=1 if self.single_turn else c.max_turns, max_total_tokens=c.max_total_tokens)
         if self.single_turn and all(t.truncated and t.segments and t.messages[-1].role != 'assistant' for g in groups for t in g.trajectories):
             raise ConfigError('every episode wanted a second turn — SingleTurnGRPOTrainer learns from one answer — use MultiTurnGRPOTrainer')
         return groups
 
+    async def play(self) -> list[TrajectoryGroup]:  # groups of G episodes: P, or with `filter_groups` more
+        "One round of episodes."
+        c = self.settings
+        groups = await self._batch(pick_scenarios(self.scenarios, self.step, c))
+        for k in range(1, c.max_num_gen_batches if c.filter_groups else 1):
+            more = _more_scenarios(self.scenarios, self.step, c, k)
+            if len(_kept(groups, c)) >= c.prompts_per_step or not more: break
+            groups += await self._batch(more, 'batch', k)
+        return groups
+
     async def _round(self, policy: Policy, turned: dict[str, float]) -> dict[str, float]:
         "Play, learn, evaluate, record."
-        times, engine = [time.perf_counter()], policy.engine
+        times, engine, c = [time.perf_counter()], policy.engine, self.settings
         drawn, entropy = engine.drawn, engine.entropy
         groups = await self.play()
+        kept = _kept(groups, c)
         times.append(time.perf_counter())
-        metrics = play_metrics(groups) | {'entropy': (engine.entropy - entropy) / max(engine.drawn - drawn, 1)} | learn(policy, self.reference, self.optimizer, groups, self.settings, self.step, self.head)
+        metrics = play_metrics(groups, c) | {'entropy': (engine.entropy - entropy) / max(engine.drawn - drawn, 1)} | learn(policy, self.reference, self.optimizer, kept, c, self.step, self.head)
         times.append(time.perf_counter())
-        metrics |= {'learning_rate': learning_rate_at(self.step, self.settings), 'time/rollout': times[1] - times[0], 'time/update': times[2] - times[1]} | {f'knobs/{k}': v for k, v in turned.items()}
+        metrics |= {'learning_rate': learning_rate_at(self.step, c), 'time/rollout': times[1] - times[0], 'time/update': times[2] - times[1]} | {f'knobs/{k}': v for k, v in turned.items()}
+        if c.filter_groups: metrics |= {'dynamic_sampling/played': float(len(groups)), 'dynamic_sampling/kept': float(len(kept))}
+        if c.kl_target: metrics |= self._steer(metrics)
         self.step += 1
-        if self.evaluate is not None and self.config.eval_steps and self.step % self.config.eval_steps == 0:
+        if self.evaluate is not None and c.eval_steps and self.step % c.eval_steps == 0:
             metrics |= {f'eval/{k}': v for k, v in (await self.evaluate(self.agent)).items()}
+        self.metric = _judged(metrics, self.step, c)
         self._record(metrics, groups)
         return metrics
+
+    def _steer(self, metrics: dict[str, float]) -> dict[str, float]:
+        "Move beta towards what holds the wanted distance; it is a setting, so a checkpoint has it."
+        c = self.settings
+        if 'kl' in metrics: self.settings = replace(c, beta=adapt_beta(c.beta, metrics['kl'], c.kl_target))
+        return {'beta': self.settings.beta}
 
     def _record(self, metrics: dict[str, float], groups: Sequence[TrajectoryGroup]) -> None:
         "Tell the callbacks, write the files, save when it is time."
@@ -659,9 +821,21 @@ class _Rounds(_Resumable):
         self.log.write(self.step, metrics, groups)
         if self.step == self.config.num_episodes or (self.config.save_steps and self.step % self.config.save_steps == 0):
             self.save_checkpoint(self.log.folder / f'checkpoint-{self.step}')
-            self.log.prune(self.config.save_total_limit)
+            self.log.prune(self.config.save_total_limit, best_checkpoint(self.log.folder) if self.config.metric_for_best_model else None)
 
-# %% ../nbs/32_trainers.ipynb #76f7fae0
+# %% ../nbs/32_trainers.ipynb #01698ece
+def _knob_rules(c: TrainingConfig) -> dict[str, _Rule]:
+    "Knobs that this run holds in closer bounds."
+    res: dict[str, _Rule] = {}
+    if not c.beta: res['beta'] = (lambda v: v == 0, '0: this run keeps no reference policy — begin it with beta above 0')
+    if c.kl_target: res['beta'] = (_positive[0], 'above 0: kl_target multiplies it')
+    if c.loss_type == 'cispo': res['epsilon_high'] = (lambda v: 1 <= v < math.inf, 'at least 1: cispo takes it as the highest ratio itself')
+    if c.delta is not None:
+        top = c.delta - 1
+        res['epsilon_high'] = (lambda v: 0 < v < top, f'above 0 and below delta - 1 = {top}')
+    return res
+
+# %% ../nbs/32_trainers.ipynb #88e5b932
 class MultiTurnGRPOTrainer(_Rounds):
     "GRPO over whole conversations."
     def __init__(
@@ -681,9 +855,12 @@ class MultiTurnGRPOTrainer(_Rounds):
         self.scenarios = list(scenarios) if scenarios is not None else list(environment.scenarios) if isinstance(environment, ConversationEnvironment) else []
         if not self.scenarios: raise ConfigError('no scenarios to train on — give scenarios=[...], or an environment that has some')
         self.evaluate, self.callbacks, self.run = evaluate, list(callbacks), run or TrainingRun()
-        if not self.config.beta: self.run.knobs = self.run.knobs | {'beta': (lambda v: v == 0, '0: this run keeps no reference policy — begin it with beta above 0')}
+        self.run.knobs = self.run.knobs | _knob_rules(self.config)
+        if isinstance(reward_fn, CompositeReward) and reward_fn.gates and self.config.multi_objective_aggregation == 'normalize_then_sum':
+            raise ConfigError(f"gates={reward_fn.gates} with multi_objective_aggregation='normalize_then_sum' — a gate multiplies, and parts that are compared one by one have no product — leave one of them out")
         self.log = RunLog(output_dir) if output_dir is not None else None
         self.step, self.settings, self.policy = 0, self.config, None   # rounds done; the config with knobs turned; after `initialize`
+        self.metric: float | None = None   # how the last round did by `metric_for_best_model`
 
     async def steps(self) -> AsyncIterator[dict[str, float]]:  # metrics of each round
         "One round after the other, yielding what each says; ends after `num_episodes`, or when the run is stopped."

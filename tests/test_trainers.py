@@ -9,7 +9,7 @@ from stateset_nb.environments import ConversationEnvironment, ScriptedUser, supp
 from stateset_nb.policy import TinyConfig, load_policy, save_policy, tiny_policy
 from stateset_nb import trainers
 from stateset_nb.rewards import RewardFunction, RewardResult
-from stateset_nb.trainers import (MultiTurnGRPOTrainer, RunLog, SingleTurnGRPOTrainer, TrainingConfig, TrainingProfile, TrainingRun, ValueHead, backward, credit, last_checkpoint, learn, learning_rate_at, make_rows,
+from stateset_nb.trainers import (MultiTurnGRPOTrainer, RunLog, SingleTurnGRPOTrainer, TrainingConfig, TrainingProfile, TrainingRun, ValueHead, backward, best_checkpoint, credit, last_checkpoint, learn, learning_rate_at, make_rows,
                                   micro_batches, pick_scenarios, turn_features)
 
 def soon(awaitable, seconds=120):
@@ -35,7 +35,7 @@ class Toy(ConversationEnvironment):
     async def close(self): self.top.now -= 1
     async def step(self, message):
         s = await super().step(message)
-        return replace(s, reward=sum(map(ord, message.text)) % 11 / 10, info={'success': True} if s.terminated else {'success': False} if s.truncated else {})
+        return replace(s, reward=sum(map(ord, message.text)) % 11 / 10, info={'success': True} if s.terminated else {'success': False} if s.truncated else {'state': f'turn {self.turns}'})
 
 class Count(RewardFunction):
     name = 'words'
@@ -58,6 +58,13 @@ FIELDS = {
     'weight_decay': .5, 'max_grad_norm': 1e-3, 'num_iterations': 2, 'loss_type': 'grpo', 'importance_sampling_level': 'sequence', 'scale_rewards': False, 'epsilon': (1e-4, {'num_iterations': 2}),
     'epsilon_high': (1e-4, {'num_iterations': 2}), 'beta': .5, 'kl': ('k1', {'beta': .5}), 'turn_credit': 'turn', 'gamma': (.3, {'turn_credit': 'turn'}), 'gae_lambda': (.1, {'turn_credit': 'gae'}),
     'value_learning_rate': (.1, {'turn_credit': 'gae', 'num_episodes': 2}), 'mask_truncated_completions': (True, {'max_turns': 2}),
+    'max_total_tokens': 12, 'filter_groups': True, 'max_num_gen_batches': (1, {'filter_groups': True}), 'leave_one_out': True, 'multi_objective_aggregation': 'normalize_then_sum', 'omega': (.1, {'turn_credit': 'anchor'}),
+    'truncated_in_baseline': (False, {'mask_truncated_completions': True, 'num_generations': 8, 'max_completion_length': 40}), 'soft_punish_cache': 8, 'delta': (1.0002, {'num_iterations': 2, 'epsilon_high': 1e-4}),
+    'sapo_temperature_pos': (3., {'loss_type': 'sapo', 'num_iterations': 2}), 'sapo_temperature_neg': (3., {'loss_type': 'sapo', 'num_iterations': 2}), 'entropy_coef': .1,
+    'use_bias_correction_kl': (False, {'beta': .5, 'num_iterations': 2}), 'kl_target': (.01, {'beta': .5}), 'vllm_importance_sampling_correction': True,
+    'vllm_importance_sampling_mode': ('token_mask', {'vllm_importance_sampling_correction': True}), 'vllm_importance_sampling_clip_max': (.5, {'vllm_importance_sampling_correction': True}),
+    'vllm_importance_sampling_clip_min': (2., {'vllm_importance_sampling_correction': True}), 'metric_for_best_model': ('num_turns/mean', {'num_episodes': 4, 'save_steps': 1, 'save_total_limit': 1}),
+    'greater_is_better': (False, {'num_episodes': 4, 'save_steps': 1, 'save_total_limit': 1, 'metric_for_best_model': 'num_turns/mean'}),
     'micro_batch_tokens': 64, 'rollout_limit': 1, 'seed': 7, 'eval_steps': 1, 'save_steps': 1, 'save_total_limit': (1, {'save_steps': 1})}
 
 def recorded(start, config, monkeypatch, tmp_path):
@@ -91,7 +98,18 @@ def test_cispo_wants_a_ceiling_of_at_least_one():
 BAD = {'num_episodes': [0, 1.5, 2.0, math.inf, math.nan, True, '3'], 'prompts_per_step': [0], 'num_generations': [1, 2.5], 'max_completion_length': [0], 'max_turns': [0], 'temperature': [0, -1, math.inf, math.nan], 'learning_rate': [0, math.nan, math.inf, '1e-5'],
        'lr_scheduler_type': ['Linear', None], 'warmup_steps': [-1, .5], 'weight_decay': [-1, math.nan], 'max_grad_norm': [0, math.inf], 'num_iterations': [0], 'loss_type': ['ppo'], 'importance_sampling_level': ['turn'], 'scale_rewards': ['no', None],
        'epsilon': [0], 'epsilon_high': [0], 'beta': [-.1], 'kl': ['k4'], 'turn_credit': ['token'], 'gamma': [-.1, 1.1, math.nan], 'gae_lambda': [-.1, 1.1], 'value_learning_rate': [0], 'mask_truncated_completions': ['false'], 'micro_batch_tokens': [0], 'rollout_limit': [0], 'seed': [-1, .5], 'eval_steps': [-1],
-       'save_steps': [-1], 'save_total_limit': [0]}
+       'save_steps': [-1], 'save_total_limit': [0], 'max_total_tokens': [-1, 1.5], 'filter_groups': ['yes', None], 'max_num_gen_batches': [0], 'leave_one_out': ['yes'], 'multi_objective_aggregation': ['sum', None], 'omega': [-1],
+       'truncated_in_baseline': ['no', False], 'soft_punish_cache': [-1, .5, 129], 'delta': [0, 1., 1.28, math.nan, math.inf, True, '2'], 'sapo_temperature_pos': [0, math.nan], 'sapo_temperature_neg': [-1], 'entropy_coef': [-.1, math.inf],
+       'use_bias_correction_kl': ['yes'], 'kl_target': [-1, .1, math.nan], 'vllm_importance_sampling_correction': [None], 'vllm_importance_sampling_mode': ['token'], 'vllm_importance_sampling_clip_max': [0, -1, None],
+       'vllm_importance_sampling_clip_min': [0, 3., 4], 'metric_for_best_model': [1, 'eval/success'], 'greater_is_better': [None]}
+
+TOGETHER = [(dict(delta=2., loss_type='sapo'), 'delta'), (dict(delta=2., loss_type='cispo', epsilon_high=5.), 'delta'), (dict(turn_credit='anchor', scale_rewards='batch'), 'states are compared within a group'),
+            (dict(turn_credit='turn', leave_one_out=True), 'leave_one_out'), (dict(turn_credit='gae', filter_groups=True), 'filter_groups'), (dict(multi_objective_aggregation='normalize_then_sum', turn_credit='turn'), 'normalize_then_sum'),
+            (dict(multi_objective_aggregation='normalize_then_sum', scale_rewards=False), 'normalize_then_sum'), (dict(multi_objective_aggregation='normalize_then_sum', leave_one_out=True), 'normalize_then_sum')]
+
+@pytest.mark.parametrize('kw, said', TOGETHER)
+def test_settings_that_contradict_each_other_are_refused(kw, said):
+    with pytest.raises(ConfigError, match=said): TrainingConfig(**kw)
 
 def test_settings_out_of_range_are_refused_by_name():
     assert set(BAD) == set(FIELDS)
@@ -436,9 +454,9 @@ def test_a_checkpoint_that_is_none_or_another_s_is_refused(start, tmp_path):
                            ('weights', lambda p: (p / 'policy' / 'model.safetensors').unlink(), StateSetError)):
         with pytest.raises(error): load(broken(name, f))
     for name, v in FIELDS.items():
-        value = v[0] if isinstance(v, tuple) else v
+        value, base = v if isinstance(v, tuple) else (v, {})
         if name in ('num_episodes', 'save_steps', 'save_total_limit', 'eval_steps'): continue
-        with pytest.raises(ConfigError, match=name): load(good, **{name: value})
+        with pytest.raises(ConfigError, match=name): load(good, **{k: x for k, x in base.items() if k != 'num_episodes'} | {name: value})
 
 def test_the_log_survives_a_torn_line_and_strange_characters(tmp_path):
     log = RunLog(tmp_path)
@@ -458,7 +476,8 @@ def test_the_log_survives_a_torn_line_and_strange_characters(tmp_path):
 
 SMALL = TrainingConfig(num_episodes=6, prompts_per_step=2, num_generations=2, max_completion_length=8, max_turns=3, learning_rate=1e-2, save_steps=2, save_total_limit=1)
 RUNS = {'plain': SMALL, 'with a reference, twice, falling': replace(SMALL, beta=.1, num_iterations=2, lr_scheduler_type='cosine', warmup_steps=2, weight_decay=.1, save_steps=1, turn_credit='turn'),
-        'with a value head, three times': replace(SMALL, turn_credit='gae', num_iterations=3)}
+        'with a value head, three times': replace(SMALL, turn_credit='gae', num_iterations=3),
+        'steered, filtered, the best kept': replace(SMALL, beta=.1, kl_target=.02, filter_groups=True, metric_for_best_model='reward', save_steps=1)}
 
 def work(start, out, config, die=None):
     "A run in a process of its own: goes on where the last one was killed, and may kill itself before its n-th rename or write."
@@ -482,7 +501,7 @@ def left(out):
     "What a finished run is: weights, moments, rows."
     last = last_checkpoint(out)
     return {'end': (Path(out) / 'end' / 'model.safetensors').read_bytes(), 'moments': [f.read_bytes() for f in sorted(last.rglob('*.safetensors'))], 'metrics': [no_time(m) for m in lines(Path(out) / 'metrics.jsonl')],
-            'trajectories': (Path(out) / 'trajectories.jsonl').read_bytes()}
+            'trajectories': (Path(out) / 'trajectories.jsonl').read_bytes(), 'checkpoints': sorted(p.name for p in Path(out).glob('checkpoint-*')), 'best': getattr(best_checkpoint(out), 'name', None)}
 
 @pytest.mark.parametrize('name', RUNS)
 def test_a_killed_run_ends_as_if_nothing_had_happened(start, forks, tmp_path, name):
