@@ -1,5 +1,5 @@
 """The whole loop against what is known: bandits whose gradient and optimum can be counted out, and updates written out row by row."""
-import asyncio, copy, math
+import asyncio, copy, math, statistics
 from collections import Counter
 from dataclasses import replace
 from itertools import product
@@ -164,22 +164,48 @@ class Talk(Environment):
         if sum(said) % 11 == 3 and not self.flat: raise RuntimeError('the line is dead')
         reward = 0. if self.flat else sum(said) % 5 / 4 - .3
         if sum(said) % 3 == 0: return Step(reward=reward, terminated=True)
-        return await self.cut() if self.turn == 3 else Step((Message('user', f'{2 + said[0] % 4} 1'),), reward)
+        return await self.cut() if self.turn == 3 else Step((Message('user', f'{2 + said[0] % 4} 1'),), reward, info={'state': f'{self.turn}, {said[0] % 2}'})
     async def cut(self): return Step(reward=0. if self.flat else -.1, truncated=True)
 
 def follows(rs, k, factor): return sum(factor ** (j - k) * rs[j] for j in range(k, len(rs)))
 
-def plain_credit(group, c):
+def left_out(t, c): return t.error or (t.truncated and not c.truncated_in_baseline)
+
+def fined(t, c):
+    "The rewards of the turns; the last one pays for the longest turn."
+    rs, longest = list(t.turn_rewards), max((hi - lo for s in t.segments for lo, hi in s.turn_spans), default=0)
+    if c.soft_punish_cache and longest > c.max_completion_length - c.soft_punish_cache: rs[-1] -= (longest - c.max_completion_length + c.soft_punish_cache) / c.soft_punish_cache
+    return rs
+
+def plain_anchor(group, c):
+    "The outcome against the siblings', and what follows a turn against what follows those in the same state."
+    alive = [t for t in group.trajectories if not t.error]
+    def against(x, xs):
+        m = sum(xs) / len(xs)
+        spread = math.sqrt(sum((y - m) ** 2 for y in xs) / (len(xs) - 1)) if len(xs) > 1 else 0.
+        return (x - m) / (spread + 1e-4 if c.scale_rewards else 1.) if spread > 1e-9 else 0.
+    def at(t): return [t.info['states'][k] if 'states' in t.info else 'start' for k in range(len(t.turn_rewards))]
+    same = {}
+    for t in alive:
+        for k, state in enumerate(at(t)): same.setdefault(state, []).append(follows(t.turn_rewards, k, c.gamma))
+    whole = [sum(t.turn_rewards) for t in alive]
+    return [None if t.error else [against(sum(t.turn_rewards), whole) + c.omega * against(follows(t.turn_rewards, k, c.gamma), same[state]) for k, state in enumerate(at(t))] for t in group.trajectories]
+
+def plain_credit(group, c, groups):
     "Against the siblings: the advantage of each turn of each episode of a group, None for one that failed."
-    alive = [list(t.turn_rewards) for t in group.trajectories if not t.error]
+    if c.turn_credit == 'anchor': return plain_anchor(group, c)
+    alive = [fined(t, c) for t in group.trajectories if not left_out(t, c)]
+    if not alive: return [None] * len(group.trajectories)
     if c.turn_credit == 'outcome': worth = [[sum(rs)] for rs in alive]
     else: worth = [[follows(rs, k, c.gamma) for k in range(max(map(len, alive)))] for rs in alive]   # nothing follows the end
     means = [sum(column) / len(alive) for column in zip(*worth)]
     better = [[x - m for x, m in zip(row, means)] for row in worth]
-    spread = math.sqrt(sum(b ** 2 for row in better for b in row) / ((len(alive) - 1) * len(means)))
+    spread = math.sqrt(sum(b ** 2 for row in better for b in row) / (max(len(alive) - 1, 1) * len(means)))
+    if c.scale_rewards == 'batch': spread = statistics.stdev(sum(fined(t, c)) for g in groups for t in g.trajectories if not left_out(t, c))
+    if c.leave_one_out: better = [[x - (m * len(alive) - x) / (len(alive) - 1) for x, m in zip(row, means)] for row in worth] if len(alive) > 1 else better
     scale = spread + 1e-4 if c.scale_rewards else 1.
     advs = iter([[b / scale for b in (row * len(rs) if c.turn_credit == 'outcome' else row[:len(rs)])] for row, rs in zip(better, alive)])
-    return [None if t.error else next(advs) for t in group.trajectories]
+    return [None if left_out(t, c) else next(advs) for t in group.trajectories]
 
 class PlainHead:
     "What is expected of a state: a linear layer over the normalised hidden state, from zero."
@@ -222,30 +248,34 @@ def plain_rows(groups, credits, c):
 
 def plain_logps(model, ids, mask, c):
     z = (model(torch.tensor([ids]), use_cache=False).logits[0] / c.temperature).log_softmax(-1)
-    return torch.stack([z[t - 1, ids[t]] for t in range(1, len(ids)) if mask[t]])
+    return torch.stack([z[t - 1, ids[t]] for t in range(1, len(ids)) if mask[t]]), torch.stack([-(z[t - 1].exp() * z[t - 1]).sum() for t in range(1, len(ids)) if mask[t]])
 
 def plain_loss(lp, old, ref, a, c):
     "The loss of each sampled token of a row, and whether the clip stopped it."
     ratio = (lp - old).exp()
     r = (lp - old).mean().exp().expand(len(lp)) if c.importance_sampling_level == 'sequence' else ratio
     if c.loss_type == 'cispo': loss, stopped = -r.clamp(max=c.epsilon_high).detach() * a * lp, r > c.epsilon_high
+    elif c.loss_type == 'sapo':
+        tau = torch.where(a > 0, a.new_tensor(c.sapo_temperature_pos), c.sapo_temperature_neg)
+        loss, stopped = -4 / tau / (1 + (-tau * (r - 1)).exp()) * a, torch.zeros(len(lp))
     else:
-        loss = -torch.minimum(r * a, r.clamp(1 - c.epsilon, 1 + c.epsilon_high) * a)
+        loss = -torch.minimum((r if c.delta is None else r.clamp(max=c.delta)) * a, r.clamp(1 - c.epsilon, 1 + c.epsilon_high) * a)
         stopped = ((r < 1 - c.epsilon) & (a < 0)) | ((r > 1 + c.epsilon_high) & (a > 0))
     d = ref - lp
-    return loss + c.beta * {'k1': -d * ratio, 'k2': d ** 2 / 2 * ratio.detach(), 'k3': (d.exp() - 1 - d) * ratio}[c.kl], stopped
+    return loss + c.beta * {'k1': -d * ratio, 'k2': d ** 2 / 2 * ratio.detach(), 'k3': (d.exp() - 1 - d) * ratio}[c.kl] if c.use_bias_correction_kl else loss + c.beta * {'k1': -d, 'k2': d ** 2 / 2, 'k3': d.exp() - 1 - d}[c.kl], stopped
 
 def plain_update(model, start, head, optimizer, groups, c, rate):
     "All updates of a round; loss and length of the gradient of the last, and how often the clip stopped a token."
-    credits = head.credit(model, groups, c) if c.turn_credit == 'gae' else [plain_credit(g, c) for g in groups]
+    credits = head.credit(model, groups, c) if c.turn_credit == 'gae' else [plain_credit(g, c, groups) for g in groups]
     rows, stopped = plain_rows(groups, credits, c), 0
-    with torch.no_grad(): old, ref = ([plain_logps(m, ids, mask, c) for ids, mask, _ in rows] for m in (model, start))
+    with torch.no_grad(): old, ref = ([plain_logps(m, ids, mask, c)[0] for ids, mask, _ in rows] for m in (model, start))
     tokens = sum(len(o) for o in old)
     for _ in range(c.num_iterations):
         total = 0.
         for (ids, mask, adv), o, f in zip(rows, old, ref):
-            loss, s = plain_loss(plain_logps(model, ids, mask, c), o, f, torch.tensor([a for a, m in zip(adv, mask) if m], dtype=torch.float64), c)
-            total = total + {**dict.fromkeys(['dapo', 'bnpo', 'cispo'], loss.sum() / tokens), 'grpo': loss.mean() / len(rows), 'dr_grpo': loss.sum() / len(rows) / c.max_completion_length}[c.loss_type]
+            lp, entropy = plain_logps(model, ids, mask, c)
+            loss, s = plain_loss(lp, o, f, torch.tensor([a for a, m in zip(adv, mask) if m], dtype=torch.float64), c)
+            total = total + {**dict.fromkeys(['dapo', 'bnpo', 'cispo'], loss.sum() / tokens), 'grpo': loss.mean() / len(rows), 'sapo': loss.mean() / len(rows), 'dr_grpo': loss.sum() / len(rows) / c.max_completion_length}[c.loss_type] - c.entropy_coef * entropy.sum() / tokens
             stopped += int(s.sum())
         total.backward()
         norm = math.sqrt(sum(float((p.grad ** 2).sum()) for p in model.parameters()))
@@ -267,6 +297,13 @@ WRITTEN = {
     'ratio of rows': dict(importance_sampling_level='sequence', loss_type='grpo', micro_batch_tokens=40),
     'credit of turns': dict(turn_credit='turn', gamma=.7, micro_batch_tokens=60),
     'credit of turns, not scaled': dict(turn_credit='turn', scale_rewards=False, lr_scheduler_type='linear', weight_decay=.1),
+    'SAPO': dict(loss_type='sapo', sapo_temperature_pos=2., sapo_temperature_neg=3.),
+    'a second clip, an entropy bonus': dict(delta=1.2, entropy_coef=.05, micro_batch_tokens=40),
+    'over the spread of the batch': dict(scale_rewards='batch', beta=.1, use_bias_correction_kl=False),
+    'against the others alone': dict(leave_one_out=True, loss_type='grpo'),
+    'cut talks are nobodys siblings': dict(mask_truncated_completions=True, truncated_in_baseline=False),
+    'long turns are fined': dict(soft_punish_cache=4),
+    'turns in one state': dict(turn_credit='anchor', gamma=.9, omega=.5, micro_batch_tokens=60),
     'against a value head': dict(turn_credit='gae', gamma=.9, gae_lambda=.8, micro_batch_tokens=60)}
 
 def side_by_side(c, eps):
@@ -297,7 +334,7 @@ def test_three_rounds_are_what_is_written_out(name):
     assert apart < digits and moved > 5e-3
     for (loss, norm, _), theirs in figures: assert abs(loss - theirs['loss']) < digits and abs(norm - theirs['grad_norm']) < 10 * digits
     assert any(t.error for t in played) and any(t.truncated for t in played) and {len(t.turn_rewards) for t in played} >= {1, 2, 3}, 'the talks have something to get wrong'
-    assert sum(s for (_, _, s), _ in figures) > 0 and max(norm for (_, norm, _), _ in figures) > c.max_grad_norm, 'the clip and the limit were at work'
+    assert (sum(s for (_, _, s), _ in figures) > 0 or c.loss_type == 'sapo') and max(norm for (_, norm, _), _ in figures) > c.max_grad_norm, 'the clip and the limit were at work'
 
 
 def test_the_entropy_of_a_round_is_that_of_all_its_tokens():

@@ -1,6 +1,7 @@
 """Our numbers beside TRL's own: its real `GRPOTrainer` gets the same tensors, or the same tokens and rewards. `pytest -s` prints the largest differences."""
 import copy, gc, inspect, math
 from collections import defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 import pytest, torch
 from conftest import lacking
@@ -360,7 +361,7 @@ class Recorder(torch.optim.SGD):
         return super().step()
 
 
-def their_run(trl, model, groups, micro, lr, **settings):
+def their_run(trl, model, groups, micro, lr, rewards=None, **settings):
     "TRL's own training loop on these tokens and rewards: gradient of each update, and what it logs."
     ts, G = [t for g in groups for t in g.trajectories], len(groups[0].trajectories)
     starts = [t.segments[0].turn_spans[0][0] for t in ts]
@@ -369,7 +370,7 @@ def their_run(trl, model, groups, micro, lr, **settings):
                 'env_mask': [list(t.segments[0].mask[n:]) for t, n in zip(ts, starts)]}
     opt = Recorder(model, lr)
     parts = len(ts) // micro
-    t = trl.trainer(model, lambda **kw: [None if t.error else t.reward for t in ts], micro, len(groups), opt, rollout=rollout, num_generations=G, gradient_accumulation_steps=parts,
+    t = trl.trainer(model, rewards or (lambda **kw: [None if t.error else t.reward for t in ts]), micro, len(groups), opt, rollout=rollout, num_generations=G, gradient_accumulation_steps=parts,
                     max_steps=settings.get('num_iterations', 1), learning_rate=lr, temperature=.8, **settings)
     t.train()
     return opt.grads, t.state.log_history
@@ -384,14 +385,15 @@ def our_run(trl, model, reference, groups, lr, **settings):
     return opt.grads, metrics | play_metrics(groups)
 
 
-def both(trl, groups, micro=8, lr=1., micro_batch_tokens=10**6, ours_only=None, **settings):
+def both(trl, groups, micro=8, lr=1., micro_batch_tokens=10**6, ours_only=None, theirs_only=None, **settings):
     model, reference = tiny_model(len(trl.tokenizer), 0, 16, 1, 64), tiny_model(len(trl.tokenizer), 1, 16, 1, 64)
-    a, logs = their_run(trl, copy.deepcopy(model), groups, micro, lr, **settings)
+    a, logs = their_run(trl, copy.deepcopy(model), groups, micro, lr, **settings | (theirs_only or {}))
     b, metrics = our_run(trl, model, reference, groups, lr, micro_batch_tokens=micro_batch_tokens, **settings | (ours_only or {}))
     return a, logs, b, metrics
 
 
-RUNS = [dict(loss_type='grpo'), dict(loss_type='bnpo'), dict(loss_type='dapo'), dict(loss_type='dr_grpo'), dict(loss_type='cispo', epsilon_high=1.1), dict(loss_type='sapo'), dict(loss_type='grpo', importance_sampling_level='sequence'), dict(beta=.3)]
+RUNS = [dict(loss_type='grpo'), dict(loss_type='bnpo'), dict(loss_type='dapo'), dict(loss_type='dr_grpo'), dict(loss_type='cispo', epsilon_high=1.1), dict(loss_type='sapo'), dict(loss_type='grpo', importance_sampling_level='sequence'), dict(beta=.3),
+        dict(entropy_coef=.05), dict(scale_rewards='batch'), dict(scale_rewards='none'), dict(delta=1.5, epsilon_high=.28), dict(loss_type='sapo', **GATE), dict(beta=.3, use_bias_correction_kl=False)]
 
 @pytest.mark.parametrize('run', RUNS, ids=lambda r: '-'.join(map(str, r.values())))
 def test_same_tokens_and_rewards_same_gradient_of_the_weights(trl, run):
@@ -406,6 +408,20 @@ def test_same_tokens_and_rewards_same_gradient_of_the_weights(trl, run):
     assert {'reward', 'frac_reward_zero_std', 'completions/mean_length', 'completions/clipped_ratio', 'loss', 'grad_norm'} | clip | ({'kl'} if 'beta' in run else set()) <= set(shared)
     for k in shared: check_same(metrics[k], last[k], 1e-5, 'logged metrics', size=1)
     assert all(metrics[k] > 0 for k in clip)
+
+
+@pytest.mark.parametrize('weights', [[1., 1.], [1., .25]])
+def test_same_gradient_from_several_rewards(trl, weights):
+    "Each part of the reward compared by itself; one of them missing once. TRL has the parts as reward functions with weights, ours reads them off the episodes."
+    groups, lost = episodes(trl), (0, 2)
+    def part(t, p, i, k): return None if (p, i) == lost and k == 0 else t.turn_rewards[k]
+    columns = [[part(t, p, i, k) for p, g in enumerate(groups) for i, t in enumerate(g.trajectories)] for k in range(2)]
+    def split(t, p, i):
+        parts = {name: [v, w] for k, (name, w) in enumerate(zip('ab', weights)) if (v := part(t, p, i, k)) is not None}
+        return replace(t, info={'rewards': parts}) if weights[1] != 1 else replace(t, components={k: v for k, (v, _) in parts.items()})
+    groups = [replace(g, trajectories=tuple(split(t, p, i) for i, t in enumerate(g.trajectories))) for p, g in enumerate(groups)]
+    theirs, _, mine, _ = both(trl, groups, num_iterations=2, epsilon_high=.28, multi_objective_aggregation='normalize_then_sum', theirs_only=dict(rewards=[lambda c=c, **kw: c for c in columns], reward_weights=weights))
+    for i in range(2): check_same(mine[i], theirs[i], 1e-5, 'gradient of the weights, several rewards')
 
 
 @pytest.mark.parametrize('kind', LOSS_TYPES)
