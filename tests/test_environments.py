@@ -425,3 +425,35 @@ def test_the_checker_lets_good_ones_pass():
         async def step(self, message): return Step(terminated=True)
     assert soon(check_environment(Bare(), s)) == []
     assert soon(rollout(Agent(AgentConfig('stub')), Bare(), s)).terminated
+
+
+# States and budgets
+
+def test_the_desk_says_where_a_talk_stands():
+    "Siblings that did the same are in the same state; whatever the future depends on makes another."
+    order = next(s for s in desk_scenarios(40, 3) if len(s.goal['requests']) == 2 and not s.goal['requests'][0]['missing'])
+    number = order.goal['requests'][0]['order_id']
+    look, other = (Message('assistant', None, (ToolCall(f, json.dumps({'order_id': number})),)) for f in ('look_up_order', 'escalate'))
+    def states(*said): return soon(rollout(Agent(AgentConfig('stub', responses=said)), SupportDesk(), order, max_turns=4)).info['states']
+    a, b, c = states(look, 'No.', 'No.', 'No.'), states(look, other, 'No.', 'No.'), states(other, look, 'No.', 'No.')
+    assert a[:2] == b[:2] and a[0] == b[0] == c[0] == 'start' and a[1] != c[1] and len(set(b)) == 4 and all(isinstance(x, str) for x in a + b + c)
+    assert b[2] != c[2], 'to act before one looks is not the same'
+
+def test_states_are_kept_only_where_they_are_said_all_along():
+    class Now(ConversationEnvironment):
+        async def step(self, message):
+            s = await super().step(message)
+            return replace(s, info={'state': f'{self.turns}'}) if self.turns != self.mute and not s.terminated else s
+    def info(mute, lines):
+        env = Now(user=ScriptedUser(lines)); env.mute = mute
+        return soon(rollout(Agent(AgentConfig('stub', responses=('Hm.',))), env, ONE[0])).info
+    assert info(0, ['a', 'b'])['states'] == ['start', '1', '2'] and 'states' not in info(2, ['a', 'b']) and 'states' not in info(0, [])
+
+@pytest.mark.parametrize('budget', [1, 5, 6, 7, 13, 1000])
+def test_a_budget_of_tokens_ends_a_talk(budget):
+    policy, whole = fresh(), ConversationEnvironment(user=ScriptedUser(['And?'] * 3))
+    t, free = (soon(rollout(talker(policy), whole, ONE[0], 3, max_total_tokens=n)) for n in (budget, 0))
+    said = sum(sum(s.mask) for s in t.segments)
+    assert t.error is None and said == min(budget, 24) == min(budget, sum(sum(s.mask) for s in free.segments))
+    assert (t.truncated, t.terminated) == (budget < 24, budget > 24)
+    if budget > 24: assert bones([TrajectoryGroup('s', (t,))]) == bones([TrajectoryGroup('s', (free,))])

@@ -1,5 +1,5 @@
 """Attempts to break training: knobs that do nothing, gradients that depend on how they were cut, runs that end otherwise after a kill."""
-import asyncio, json, math, os, random, signal, threading, time
+import asyncio, json, math, os, random, re, signal, threading, time
 from dataclasses import fields, replace
 from pathlib import Path
 import pytest, torch
@@ -201,6 +201,147 @@ def test_turns_are_credited_with_what_follows_them():
     assert [len(a) for a in got] == [3, 1, 2]
     for a, x in zip(got, togo): assert a == pytest.approx([x[k] - mean[k] for k in range(len(a))])
     assert [a.tolist() for a in credit(g, replace(c, turn_credit='outcome'))[0]] == [pytest.approx([1 - 1, 0., 0.]), pytest.approx([-1.]), pytest.approx([1., 1.])]
+
+def test_an_episode_left_out_of_the_baseline_is_as_if_it_had_not_been_played(round_):
+    c = replace(BASE, mask_truncated_completions=True, truncated_in_baseline=False)
+    cut = shaped(round_, lambda t, i, j: replace(worth(t, 50.), truncated=True) if j == 1 else replace(t, truncated=False))
+    without = [replace(g, trajectories=tuple(t for j, t in enumerate(g.trajectories) if j != 1)) for g in cut]
+    for kw in ({}, {'turn_credit': 'turn'}, {'leave_one_out': True}, {'scale_rewards': 'batch'}, {'multi_objective_aggregation': 'normalize_then_sum'}):
+        a, b = credit(cut, replace(c, **kw)), credit(without, replace(c, **kw))
+        for g, h in zip(a, b):
+            assert not g[1].any()
+            assert all(torch.allclose(x, y) for x, y in zip([x for j, x in enumerate(g) if j != 1], h, strict=True))
+
+def test_the_parts_of_a_reward_are_compared_one_by_one():
+    from stateset_nb.grpo import gdpo_advantages
+    c = TrainingConfig(multi_objective_aggregation='normalize_then_sum')
+    def t(info=None, error=None, **parts): return Trajectory('t', 's', 0, turn_rewards=(sum(parts.values()),), components=parts, info=info or {}, error=error)
+    def got(*ts, c=c): return [float(a[0]) for a in credit([TrajectoryGroup('s', ts)], c)[0]]
+    rows = [t(a=0., b=.1), t(a=1., b=.2), t(a=0.), t(a=1., b=0.)]
+    assert got(*rows) == pytest.approx(gdpo_advantages(torch.tensor([[[0., .1], [1., .2], [0., math.nan], [1., 0.]]], dtype=torch.float64))[0].tolist())
+    assert got(t(a=0., b=.1), t(error='lost', a=9., b=9.), *rows[2:])[1] == 0
+    assert got(*(t(error='lost') for _ in range(4))) == [0.] * 4
+    plain = [Trajectory('t', 's', 0, turn_rewards=(r,)) for r in (0., 1., 0., 0.)]
+    assert got(*plain) == pytest.approx(got(*(replace(x, components={'only': x.reward}) for x in plain))), 'a reward without parts is one'
+    listed = {'rewards': {'environment': [1., 1.], 'a': [0., 0.]}}
+    assert got(t(listed, whole=1.), t({'rewards': {'environment': [0., 1.], 'a': [1., 0.]}}, whole=5.))[0] > 0, 'what the episode lists, with its weights'
+
+def test_the_parts_that_are_played_add_up_to_the_reward(start):
+    from stateset_nb.rewards import CompositeReward
+    class Short(Count): name = 'short'
+    mix = CompositeReward([Count(), Short()], {'words': 3., 'short': 1.})
+    for reward, names in ((Count(), {'environment', 'words'}), (mix, {'environment', 'words', 'short'})):
+        tr = MultiTurnGRPOTrainer(Agent(AgentConfig('tiny'), PolicyBackend(load_policy(start, 'cpu'))), Toy(), reward, BASE)
+        async def go():
+            await tr.initialize()
+            return await tr.play()
+        for g in soon(go()):
+            for x in g.trajectories:
+                assert x.info['rewards'].keys() == names and sum(v * w for v, w in x.info['rewards'].values()) == pytest.approx(x.reward)
+    gated = CompositeReward([Count(), Short()], gates=('short',))
+    with pytest.raises(ConfigError, match='a gate multiplies'): MultiTurnGRPOTrainer(Agent(AgentConfig('stub')), Toy(), gated, replace(BASE, multi_objective_aggregation='normalize_then_sum'))
+
+def test_states_must_be_said(start, round_):
+    c = replace(BASE, turn_credit='anchor')
+    assert all('states' in t.info for g in round_ for t in g.trajectories if len(t.turn_rewards) > 1) and any(a.any() for g in credit(round_, c) for a in g)
+    mute = shaped(round_, lambda t, i, j: replace(t, info={}))
+    with pytest.raises(ConfigError, match='Step.info'): credit(mute, c)
+    assert credit([replace(g, trajectories=tuple(t for t in g.trajectories if len(t.turn_rewards) == 1)[:2]) for g in mute if sum(len(t.turn_rewards) == 1 for t in g.trajectories) > 1], c) is not None
+
+def test_a_long_turn_pays_with_the_last_and_the_log_keeps_the_outcome(round_):
+    c = replace(BASE, soft_punish_cache=BASE.max_completion_length)
+    longest = {id(t): max(hi - lo for s in t.segments for lo, hi in s.turn_spans) for g in round_ for t in g.trajectories}
+    fine = {k: -n / BASE.max_completion_length for k, n in longest.items()}
+    paid = shaped(round_, lambda t, i, j: replace(t, turn_rewards=(*t.turn_rewards[:-1], t.turn_rewards[-1] + fine[id(t)])))
+    for kw in ({}, {'turn_credit': 'turn'}):
+        assert all(torch.allclose(a, b, atol=1e-5) for g, h in zip(credit(round_, replace(c, **kw)), credit(paid, replace(BASE, **kw))) for a, b in zip(g, h))
+    m = trainers.play_metrics(round_, c)
+    assert m['reward'] == trainers.play_metrics(round_)['reward'] and m['completions/overlong_punishment'] == pytest.approx(sum(fine.values()) / len(fine))
+
+# Dynamic sampling
+
+class Lucky(Toy):
+    "Only some scenarios can be won or lost."
+    def __init__(self, n=12): super().__init__(); self.scenarios = [Scenario(f'{"hard" if i % 3 else "even"}-{i}', (Message('user', f'Where is order #{1000 + i}?'),)) for i in range(n)]
+    async def step(self, message): return replace(await super().step(message), info={'success': sum(map(ord, message.text)) % 2 == 0} if 'even' in self.scenario.id else {'success': False}, terminated=True)
+
+def test_dynamic_sampling_plays_on_until_enough_groups_disagree(start, tmp_path):
+    c = replace(BASE, num_episodes=3, num_generations=4, filter_groups=True, max_num_gen_batches=6)
+    t = trainer_of(start, c, tmp_path / 'r', env=Lucky())
+    learnt, learn_ = [], trainers.learn
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(trainers, 'learn', lambda p, r, o, groups, *a: (learnt.append(groups), learn_(p, r, o, groups, *a))[1])
+        soon(t.train())
+    rows = lines(tmp_path / 'r' / 'metrics.jsonl')
+    played = [[x['scenario_id'] for x in lines(tmp_path / 'r' / 'trajectories.jsonl') if x['step'] == k + 1] for k in range(3)]
+    for k, (m, groups) in enumerate(zip(rows, learnt)):
+        assert m['dynamic_sampling/played'] == len(played[k]) == len(set(played[k])) <= 12 and m['dynamic_sampling/kept'] == len(groups) <= 2
+        assert all(g.scenario_id.startswith('even') and len({x.info['success'] for x in g.trajectories}) == 2 for g in groups)
+        assert [g.scenario_id for g in groups] == [s for s in played[k] if s in {g.scenario_id for g in groups}], 'in the order of asking'
+        assert len(groups) == 2 or len(played[k]) == 12, 'it ends when there are enough, or no more'
+    assert any(len(p) > 2 for p in played)
+
+def test_a_round_in_which_all_groups_agree_teaches_nothing_and_is_no_error(start):
+    class Same(Toy):
+        async def step(self, message): return replace(await super().step(message), info={'success': True}, terminated=True)
+        async def cut(self): return replace(await super().cut(), info={'success': True})
+    t = trainer_of(start, replace(BASE, filter_groups=True, num_episodes=1, beta=.1, kl_target=.1), env=Same())
+    was = load_policy(start, 'cpu').model.state_dict()
+    async def go(): return [m async for m in t.steps()]
+    m, = soon(go())
+    assert m['dynamic_sampling/kept'] == 0 and m['dynamic_sampling/played'] == 4 and m['loss'] == m['grad_norm'] == 0 and m['beta'] == .1 and 'kl' not in m
+    assert same(weights(t.policy), was)
+
+# Another engine
+
+def test_tokens_of_another_engine_are_weighed(start, round_):
+    c = replace(BASE, vllm_importance_sampling_correction=True, vllm_importance_sampling_mode='token_truncate', vllm_importance_sampling_clip_max=2.)
+    rows = [r for r in make_rows(round_, BASE) if any(r.mask)]
+    def off(d): return [replace(r, logps=tuple(lp - d * m for lp, m in zip(r.logps, r.mask))) for r in rows]
+    plain = gradient(start, round_, BASE, rows)
+    check_close(gradient(start, round_, c, off(0.)), plain, 1e-4)
+    check_close(gradient(start, round_, c, off(math.log(1.5))), 1.5 * plain, 1e-4)
+    check_close(gradient(start, round_, c, off(5.)), 2 * plain, 1e-4)
+    check_close(gradient(start, round_, c, off(math.nan)), plain, 1e-4)   # an engine that does not say
+    assert not gradient(start, round_, replace(c, vllm_importance_sampling_mode='sequence_mask'), off(5.)).any()
+
+# The distance, steered
+
+def test_beta_follows_the_distance_and_a_knob_sets_it_anew(start, tmp_path):
+    c = replace(BASE, num_episodes=4, beta=.1, kl_target=1e-6, num_iterations=2)
+    t = trainer_of(start, c, tmp_path / 'r')
+    async def go():
+        k = 0
+        async for m in t.steps():
+            k += 1
+            if k == 2: t.run.set_knob('beta', .5)
+    soon(go())
+    rows = [m['beta'] for m in lines(tmp_path / 'r' / 'metrics.jsonl')]
+    assert rows == pytest.approx([.102, .102 * 1.02, .51, .51 * 1.02]), 'far above the target: 2 % a round'
+    with pytest.raises(ConfigError, match='above 0'): t.run.set_knob('beta', 0)
+    again = trainer_of(start, c)
+    soon(again.load_checkpoint(tmp_path / 'r' / 'checkpoint-4'))
+    assert again.settings.beta == rows[-1] and again.config.beta == .1
+
+# What is logged
+
+NAMES = [BASE, replace(BASE, loss_type='cispo', epsilon_high=5.), replace(BASE, loss_type='sapo', turn_credit='gae'), replace(BASE, beta=.1, kl_target=.1, eval_steps=1), replace(BASE, filter_groups=True),
+         replace(BASE, vllm_importance_sampling_correction=True, soft_punish_cache=4, entropy_coef=.1)]
+
+def test_every_metric_is_in_the_table(start, root):
+    from fnmatch import fnmatchcase
+    page = ''.join(''.join(c['source']) + '\n' for c in json.loads((root / 'nbs' / '32_trainers.ipynb').read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'markdown')
+    table = [n for row in re.findall(r'^\| (`.*?) \|.*\|.*\|.*\|$', page, re.M) for n in re.findall(r'`([^`]+)`', row)]
+    assert len(table) == len(set(table)) > 30
+    seen = set()
+    async def ask(agent): return {'success': .5}
+    for c in NAMES:
+        t = trainer_of(start, replace(c, num_episodes=2), evaluate=ask)
+        t.run.set_knob('temperature', .9)
+        async def go(): return [m async for m in t.steps()]
+        seen |= {k for m in soon(go()) for k in m}
+    assert not (strange := {k for k in seen if sum(fnmatchcase(k, n) for n in table) != 1}), strange
+    assert not (never := [n for n in table if not any(fnmatchcase(k, n) for k in seen)]), never
 
 # A value head
 
@@ -438,6 +579,30 @@ def test_checkpoints_are_kept_counted_and_never_pickles(start, tmp_path):
     late = trainer_of(start, replace(BASE, num_episodes=5, save_steps=2), out)
     soon(late.load_checkpoint(out / 'checkpoint-4'))
     with pytest.raises(ConfigError, match='holds checkpoint-5'): soon(late.train())
+
+@pytest.mark.parametrize('greater', [True, False])
+def test_the_best_checkpoint_is_never_pruned(start, tmp_path, greater):
+    c = replace(BASE, num_episodes=6, save_steps=1, save_total_limit=1, metric_for_best_model='eval/score', greater_is_better=greater, eval_steps=2)
+    scores = iter([.5, .9, .2, .9])
+    async def ask(agent): return {'score': next(scores)}
+    t = trainer_of(start, c, tmp_path / 'r', evaluate=ask)
+    soon(t.train())
+    best = 4 if greater else 6      # the first of equals; rounds without an evaluation are no candidates
+    assert best_checkpoint(tmp_path / 'r').name == f'checkpoint-{best}' and {p.name for p in (tmp_path / 'r').glob('checkpoint-*')} == {f'checkpoint-{best}', 'checkpoint-6'}
+    more = trainer_of(start, replace(c, num_episodes=8), tmp_path / 'r', evaluate=ask)
+    soon(more.load_checkpoint(last_checkpoint(tmp_path / 'r')))
+    soon(more.train())
+    assert best_checkpoint(tmp_path / 'r').name == f'checkpoint-{best}' and last_checkpoint(tmp_path / 'r').name == 'checkpoint-8'
+    assert best_checkpoint(tmp_path) is None
+
+def test_a_metric_nobody_measures_is_no_measure(start, tmp_path):
+    async def ask(agent): return {'score': 1.}
+    for name in ('rewrd', 'eval/scor'):
+        t = trainer_of(start, replace(BASE, metric_for_best_model=name, eval_steps=1), tmp_path / name.replace('/', '-'), evaluate=ask)
+        with pytest.raises(ConfigError, match='is not measured — there are reward'): soon(t.train())
+    t = trainer_of(start, replace(BASE, num_episodes=2, save_steps=1), tmp_path / 'r')
+    soon(t.train())
+    assert best_checkpoint(tmp_path / 'r') is None and last_checkpoint(tmp_path / 'r') is not None
 
 def test_a_checkpoint_that_is_none_or_another_s_is_refused(start, tmp_path):
     t = trainer_of(start, replace(BASE, num_episodes=1), tmp_path / 'r')
