@@ -232,10 +232,8 @@ def test_the_parts_that_are_played_add_up_to_the_reward(start):
     mix = CompositeReward([Count(), Short()], {'words': 3., 'short': 1.})
     for reward, names in ((Count(), {'environment', 'words'}), (mix, {'environment', 'words', 'short'})):
         tr = MultiTurnGRPOTrainer(Agent(AgentConfig('tiny'), PolicyBackend(load_policy(start, 'cpu'))), Toy(), reward, BASE)
-        async def go():
-            await tr.initialize()
-            return await tr.play()
-        for g in soon(go()):
+        soon(tr.initialize())
+        for g in soon(tr.play()):
             for x in g.trajectories:
                 assert x.info['rewards'].keys() == names and sum(v * w for v, w in x.info['rewards'].values()) == pytest.approx(x.reward)
     gated = CompositeReward([Count(), Short()], gates=('short',))
@@ -312,7 +310,7 @@ def test_beta_follows_the_distance_and_a_knob_sets_it_anew(start, tmp_path):
     t = trainer_of(start, c, tmp_path / 'r')
     async def go():
         k = 0
-        async for m in t.steps():
+        async for _ in t.steps():
             k += 1
             if k == 2: t.run.set_knob('beta', .5)
     soon(go())
@@ -338,7 +336,7 @@ def test_every_metric_is_in_the_table(start, root):
     for c in NAMES:
         t = trainer_of(start, replace(c, num_episodes=2), evaluate=ask)
         t.run.set_knob('temperature', .9)
-        async def go(): return [m async for m in t.steps()]
+        async def go(t=t): return [m async for m in t.steps()]
         seen |= {k for m in soon(go()) for k in m}
     assert not (strange := {k for k in seen if sum(fnmatchcase(k, n) for n in table) != 1}), strange
     assert not (never := [n for n in table if not any(fnmatchcase(k, n) for k in seen)]), never
