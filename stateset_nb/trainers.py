@@ -4,8 +4,10 @@
 
 # %% ../nbs/32_trainers.ipynb #0497fb08
 from __future__ import annotations
-import asyncio, copy, html, json, math, os, re, shutil, threading, time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import asyncio, copy, html, json, math, os, re, shutil, threading, time, warnings
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
@@ -15,9 +17,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .core import ConfigError, DataError, NotTrained, Record, Scenario, Segment, StateSetError, Trajectory, TrajectoryGroup, check_keys, progress_bar, run_sync, stream, write_text
-from .policy import Policy, check_head, load_policy, new_folder, pad_rows, save_policy, sequence_logps, shared_prefix, states_before
+from .core import BackendError, ConfigError, DataError, NotTrained, Record, Scenario, Segment, StateSetError, Trajectory, TrajectoryGroup, check_keys, progress_bar, run_sync, stream, write_text
+from .policy import SCHEDULING, Policy, check_head, gathered, load_policy, new_folder, pad_rows, save_policy, sequence_logps, shard, shared_prefix, states_before
 from .agents import Agent, PolicyBackend
 from .rewards import CompositeReward, RewardFunction
 from .environments import ConversationEnvironment, Environment, rollouts
@@ -27,8 +30,8 @@ from .grpo import (KL_KINDS, LOSS_TYPES, SAMPLER_MODES, SCALES, adapt_beta, agre
 # %% auto #0
 __all__ = ['R', 'TrainingConfig', 'TrainingProfile', 'TrainingRun', 'credit', 'Row', 'make_rows', 'micro_batches', 'backward',
            'turn_features', 'ValueHead', 'CreditView', 'show_credit', 'play_metrics', 'last_checkpoint',
-           'best_checkpoint', 'TrainerCallback', 'pick_scenarios', 'learning_rate_at', 'learn', 'RunLog',
-           'MultiTurnGRPOTrainer', 'SingleTurnGRPOTrainer']
+           'best_checkpoint', 'TrainerCallback', 'Processes', 'keeping_little', 'bytes_per_token', 'fitting_tokens',
+           'pick_scenarios', 'learning_rate_at', 'learn', 'RunLog', 'MultiTurnGRPOTrainer', 'SingleTurnGRPOTrainer']
 
 # %% ../nbs/32_trainers.ipynb #b9572998
 _Rule = tuple[Callable[[Any], bool], str]  # what a value may be: asked, and said
@@ -48,17 +51,18 @@ def _optional(name: str, v: Any, rule: _Rule) -> None:
 
 # %% ../nbs/32_trainers.ipynb #eca1a798
 _RANGES: dict[str, _Rule] = {
-    **dict.fromkeys('num_episodes prompts_per_step max_completion_length max_turns num_iterations micro_batch_tokens rollout_limit save_total_limit max_num_gen_batches'.split(), _count),
+    **dict.fromkeys('num_episodes prompts_per_step max_completion_length max_turns num_iterations rollout_limit save_total_limit max_num_gen_batches ref_model_sync_steps'.split(), _count),
     'num_generations': (lambda v: isinstance(v, int) and v >= 2, 'a whole number, at least 2: advantages compare siblings'),
     **dict.fromkeys('temperature learning_rate value_learning_rate max_grad_norm epsilon epsilon_high sapo_temperature_pos sapo_temperature_neg'.split(), _positive),
-    **dict.fromkeys('warmup_steps seed eval_steps save_steps max_total_tokens soft_punish_cache'.split(), _whole),
-    **dict.fromkeys('weight_decay beta kl_target entropy_coef omega'.split(), _nonneg),
-    **dict.fromkeys(('gamma', 'gae_lambda'), (lambda v: 0 <= v <= 1, 'from 0 to 1'))}
+    **dict.fromkeys('warmup_steps seed eval_steps save_steps max_total_tokens soft_punish_cache micro_batch_tokens'.split(), _whole),
+    **dict.fromkeys('weight_decay beta kl_target entropy_coef omega memory_limit'.split(), _nonneg),
+    **dict.fromkeys(('gamma', 'gae_lambda', 'ref_model_mixup_alpha'), (lambda v: 0 <= v <= 1, 'from 0 to 1'))}
 _OPTIONAL: dict[str, _Rule] = dict.fromkeys('delta vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min'.split(), _positive)
 _CHOICES: dict[str, Sequence[Any]] = {
     'scale_rewards': (True, False, *SCALES), 'lr_scheduler_type': ('constant', 'linear', 'cosine'), 'multi_objective_aggregation': ('sum_then_normalize', 'normalize_then_sum'),
     'loss_type': LOSS_TYPES, 'importance_sampling_level': ('token', 'sequence'), 'kl': KL_KINDS, 'turn_credit': ('outcome', 'turn', 'gae', 'anchor'), 'vllm_importance_sampling_mode': SAMPLER_MODES,
-    **dict.fromkeys('mask_truncated_completions truncated_in_baseline leave_one_out filter_groups use_bias_correction_kl vllm_importance_sampling_correction greater_is_better'.split(), (True, False))}
+    **dict.fromkeys('mask_truncated_completions truncated_in_baseline leave_one_out filter_groups use_bias_correction_kl vllm_importance_sampling_correction greater_is_better sync_ref_model bf16 gradient_checkpointing fsdp'.split(), (True, False)),
+    'scheduling': SCHEDULING}
 
 # %% ../nbs/32_trainers.ipynb #4378ec75
 def _check_together(c: TrainingConfig) -> None:
@@ -78,6 +82,8 @@ def _check_together(c: TrainingConfig) -> None:
         (not c.truncated_in_baseline and not c.mask_truncated_completions, 'truncated_in_baseline=False without mask_truncated_completions=True — what is learnt from is compared — set both'),
         (c.multi_objective_aggregation != 'sum_then_normalize' and not (c.turn_credit == 'outcome' and scaled and not c.leave_one_out),
          "multi_objective_aggregation='normalize_then_sum' has a scale of its own and one advantage an episode — use turn_credit='outcome', scale_rewards=True and no leave_one_out"),
+        (c.sync_ref_model and not c.beta, 'sync_ref_model without beta — there is no reference to move — give a beta, e.g. 0.05'),
+        (bool(c.memory_limit) and c.micro_batch_tokens != 0, f'memory_limit={c.memory_limit} with micro_batch_tokens={c.micro_batch_tokens} — the limit is for micro_batch_tokens=0, which finds how many fit'),
         ((c.metric_for_best_model or '').startswith('eval/') and not c.eval_steps, f'metric_for_best_model={c.metric_for_best_model!r} is measured by `evaluate`, which eval_steps=0 never calls — set eval_steps')):
         if wrong: raise ConfigError(message)
 
@@ -96,6 +102,7 @@ class TrainingConfig(Record):
     filter_groups: bool = False       # leave out groups that agree, and play further scenarios until there are prompts_per_step others (DAPO)
     max_num_gen_batches: int = 4      # batches of scenarios a round may play for that
     rollout_limit: int = 256          # episodes in flight
+    scheduling: str = 'deterministic' # 'eager' does not wait for conversations that are at a slow tool, and is not the same twice
     seed: int = 0                     # of scenarios and sampling
     # who gets the credit
     turn_credit: str = 'outcome'      # 'outcome': the episode's return for every turn; 'turn': what follows each turn, against the siblings; 'gae': the same against a value head; 'anchor': the outcome, and turns in one state against each other
@@ -122,6 +129,9 @@ class TrainingConfig(Record):
     beta: float = 0.0                 # weight of the distance from the reference policy; 0 keeps no reference
     kl: str = 'k3'                    # how that distance is estimated
     use_bias_correction_kl: bool = True  # multiply the estimate by the ratio, for the true gradient
+    sync_ref_model: bool = False      # let the reference follow the policy
+    ref_model_sync_steps: int = 512   # rounds between its moves
+    ref_model_mixup_alpha: float = 0.6  # share of the policy in the new reference
     kl_target: float = 0.0            # nats a token that beta is steered to, round by round; 0 leaves beta alone
     vllm_importance_sampling_correction: bool = False  # weigh tokens by trainer over sampler, for a policy that is sampled by another engine
     vllm_importance_sampling_mode: str = 'sequence_mask'  # a weight of each 'token_' or of the 'sequence_', outside its bounds 'truncate'd or 'mask'ed
@@ -133,7 +143,11 @@ class TrainingConfig(Record):
     warmup_steps: int = 0             # updates over which the learning rate rises from zero
     weight_decay: float = 0.0         # of AdamW
     max_grad_norm: float = 1.0        # longer gradients are shortened to this
-    micro_batch_tokens: int = 8192    # tokens of one forward and backward pass, those in common counted once
+    micro_batch_tokens: int = 8192    # tokens of one forward and backward pass, those in common counted once; 0 finds how many fit into memory_limit
+    memory_limit: float = 0.0         # GB for what a pass keeps for its way back; 0 takes half of what is free
+    gradient_checkpointing: bool = False  # keep little for the way back and compute it again; then every row is read by itself
+    bf16: bool = False                # compute the update in bfloat16 where that is safe; faster on GPUs and CPUs with AMX, not exact
+    fsdp: bool = False                # spread weights, gradients and moments over the processes (FSDP2); otherwise each has all of them
     # what is measured and kept
     eval_steps: int = 0               # rounds between calls of `evaluate`; 0 never
     save_steps: int = 0               # rounds between checkpoints; 0 only at the end
@@ -340,6 +354,22 @@ def _weights(before: Tensor, played: Tensor, mask: Tensor, c: TrainingConfig) ->
     if not c.vllm_importance_sampling_correction: return None
     return sampler_weights(before, played, mask, c.vllm_importance_sampling_mode, c.vllm_importance_sampling_clip_max, c.vllm_importance_sampling_clip_min)
 
+# %% ../nbs/32_trainers.ipynb #0d78d0a4
+@contextmanager
+def _as_it_was(reference: Policy, policy: Policy) -> Iterator[None]:
+    "The reference, ready to be read: a policy that is its own has its adapter off."
+    if reference is not policy: yield
+    else:
+        with policy.adapter.disable_adapter(): yield
+
+def _reference_of(policy: Policy) -> Policy:
+    "What the policy is now, to keep near to."
+    if policy.adapter is not None and not any(bool(p.any()) for name, p in policy.model.named_parameters() if 'lora_B' in name): return policy
+    adapter = copy.deepcopy(policy.adapter)
+    frozen = Policy(copy.deepcopy(policy.model) if adapter is None else adapter.get_base_model(), policy.tokenizer, policy.format, 'reference')
+    frozen.adapter = adapter
+    return frozen
+
 # %% ../nbs/32_trainers.ipynb #d0416329
 def backward(
     policy: Policy,            # gradients are added to its weights
@@ -352,12 +382,12 @@ def backward(
 ) -> tuple[float, dict[str, Tensor], list[Tensor]]:  # (share of the loss, metrics as sums and counts, log-probabilities [T] of each row)
     "Loss and gradient of one micro-batch."
     ids, mask = pad_rows([r.ids for r in rows]), pad_rows([r.mask for r in rows])
-    logps, entropy = sequence_logps(policy, ids, mask, config.temperature, entropy=bool(config.entropy_coef))
+    logps, entropy = sequence_logps(policy, ids, mask, config.temperature, entropy=bool(config.entropy_coef), bf16=config.bf16)
     adv = pad_rows([r.advantages for r in rows], dtype=logps.dtype).to(logps.device)
     mask = mask.to(logps.device)
     ref = None
     if reference is not None:
-        with torch.no_grad(): ref, _ = sequence_logps(reference, ids, mask, config.temperature)
+        with torch.no_grad(), _as_it_was(reference, policy): ref, _ = sequence_logps(reference, ids, mask, config.temperature, bf16=config.bf16)
     old = None if old_logps is None else nn.utils.rnn.pad_sequence(list(old_logps), batch_first=True)
     if config.importance_sampling_level == 'sequence': adv = _one_a_row(adv, mask)
     played, before = pad_rows([r.logps for r in rows], dtype=torch.float32).to(logps.device), logps.detach() if old is None else old
@@ -381,7 +411,7 @@ def turn_features(
         first = [[0] * len(s.ids) for s in batch]
         for f, s in zip(first, batch):
             for lo, _ in s.turn_spans: f[lo] = 1
-        states, index = states_before(policy, pad_rows([s.ids for s in batch]), pad_rows(first))
+        states, index = policy.within(partial(states_before, policy, pad_rows([s.ids for s in batch]), pad_rows(first)))
         at |= {id(s): h for s, h in zip(batch, states[index].float().cpu().split([len(s.turn_spans) for s in batch]))}
     size = policy.model.config.get_text_config().hidden_size
     return [torch.cat([torch.zeros(0, size), *(at[id(s)] for s in t.segments)]) for t in trajectories]
@@ -469,7 +499,8 @@ def _save_optimizer(opt: torch.optim.Optimizer, folder: Path) -> None:
     "AdamW's moments, by number of the parameter."
     from safetensors.torch import save_file
     state = opt.state_dict()['state']
-    save_file({f'{i}.{k}': v.contiguous() for i, s in state.items() for k, v in s.items()}, folder / 'optimizer.safetensors')
+    whole = {f'{i}.{k}': (v.full_tensor() if isinstance(v, DTensor) else v).contiguous() for i, s in state.items() for k, v in s.items()}
+    if folder.is_dir(): save_file(whole, folder / 'optimizer.safetensors')  # of a sharded run the other processes have no folder
 
 # %% ../nbs/32_trainers.ipynb #f164082a
 def _load_optimizer(opt: torch.optim.Optimizer, folder: Path) -> None:
@@ -479,9 +510,10 @@ def _load_optimizer(opt: torch.optim.Optimizer, folder: Path) -> None:
     try:
         for name, v in load_file(folder / 'optimizer.safetensors').items():
             i, k = name.split('.')
-            state.setdefault(int(i), {})[k] = v.clone()
+            p = opt.param_groups[0]['params'][int(i)]
+            state.setdefault(int(i), {})[k] = distribute_tensor(v, p.device_mesh, p.placements) if isinstance(p, DTensor) and v.dim() else v.clone()
         opt.load_state_dict({'state': state, 'param_groups': opt.state_dict()['param_groups']})
-    except (OSError, ValueError, SafetensorError) as e: raise DataError(f'{folder}/optimizer.safetensors cannot be read: {e} — take an earlier checkpoint') from None
+    except (OSError, ValueError, IndexError, SafetensorError) as e: raise DataError(f'{folder}/optimizer.safetensors cannot be read: {e} — take an earlier checkpoint') from None
 
 # %% ../nbs/32_trainers.ipynb #8a8ec6e5
 def _save_head(head: ValueHead, folder: Path) -> None:
@@ -539,6 +571,110 @@ class TrainerCallback(Protocol):
         "Called after each round."
         ...
 
+# %% ../nbs/32_trainers.ipynb #baf9d20d
+class Processes:
+    "The processes of a run, through accelerate; one alone where there are no others."
+    def __init__(self) -> None:
+        self.rank, self.world = 0, int(os.environ.get('WORLD_SIZE', 1))
+        if self.world > 1:
+            from accelerate import PartialState
+            state = PartialState(cpu=not torch.cuda.is_available())
+            self.rank, self.world = state.process_index, state.num_processes
+
+    @property
+    def first(self) -> bool:
+        "Is this the one that writes?"
+        return self.rank == 0
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        try: yield
+        except RuntimeError as e:
+            raise BackendError(f'process {self.rank} of {self.world} has lost another one ({str(e).splitlines()[0][:120]}) — that one says why — start the run again and load_checkpoint the last checkpoint') from e
+
+    def gather(
+        self,
+        x: Any,        # anything that can be pickled
+    ) -> list[Any]:    # what each process has, in the order of processes
+        "Tell all what each one has."
+        if self.world == 1: return [x]
+        from accelerate.utils import gather_object
+        with self._together(): return gather_object([x])
+
+    def add_gradients(
+        self,
+        parameters: Iterable[nn.Parameter],  # each with a gradient
+    ) -> None:
+        "The sum of all processes' gradients, on each of them."
+        if self.world == 1: return
+        with self._together():
+            for p in parameters: torch.distributed.all_reduce(p.grad)
+
+# %% ../nbs/32_trainers.ipynb #db558d0c
+def _passes(batches: list[list[R]], processes: Processes, even: bool) -> list[list[R]]:
+    "The micro-batches of this process; empty ones fill up where all must make equally many."
+    mine = batches[processes.rank::processes.world]
+    most = -(-len(batches) // processes.world)
+    return mine + [[]] * (most - len(mine)) if even else mine
+
+def _pass_over_nothing(policy: Policy, reference: Policy | None, config: TrainingConfig) -> None:
+    "Take part in a pass without a micro-batch: a gradient of zero."
+    ids, mask = torch.zeros(1, 2, dtype=torch.long), torch.tensor([[0, 1]])
+    logps, _ = sequence_logps(policy, ids, mask, bf16=config.bf16)
+    if reference is not None:
+        with torch.no_grad(), _as_it_was(reference, policy): sequence_logps(reference, ids, mask)
+    (logps.sum() * 0).backward()
+
+# %% ../nbs/32_trainers.ipynb #d5221242
+@contextmanager
+def keeping_little(
+    policy: Policy,   # as it was again afterwards
+    on: bool = True,  # or nothing is done
+) -> Iterator[None]:  # a `with` block
+    "Gradient checkpointing, layer by layer."
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    layers = [m for m in policy.model.modules() if isinstance(m, GradientCheckpointingLayer)] if on else []
+    if layers:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', FutureWarning)  # the name is another one in newer versions of transformers
+            policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
+    for m in layers: m.training = True  # the layer alone, not what is in it
+    try: yield
+    finally:
+        for m in layers: m.training = m.gradient_checkpointing = False
+
+# %% ../nbs/32_trainers.ipynb #5e7ec0db
+def bytes_per_token(
+    policy: Policy,          # to be trained
+    row: Row,                # e.g. the longest
+    config: TrainingConfig,  # how it is passed
+) -> float:                  # bytes
+    "Memory that a forward pass keeps for its way back, a token."
+    kept: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in policy.model.parameters()} if not policy.sharded else set()
+    def note(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in own: kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+    with keeping_little(policy, config.gradient_checkpointing), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        logps, _ = sequence_logps(policy, pad_rows([row.ids]), pad_rows([row.mask]), config.temperature, entropy=bool(config.entropy_coef), bf16=config.bf16)
+    return sum(kept.values()) / len(row.ids)
+
+def _free_bytes(device: torch.device) -> float:
+    "Memory that nobody uses."
+    if device.type == 'cuda': return float(torch.cuda.mem_get_info(device)[0])
+    try: return float(os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))
+    except (ValueError, OSError, AttributeError): return 4e9
+
+def fitting_tokens(
+    policy: Policy,          # to be trained
+    rows: Sequence[Row],     # of a round
+    config: TrainingConfig,  # with its memory_limit
+) -> int:                    # tokens, at least those of the longest row
+    "How many tokens a micro-batch may have."
+    longest = max(rows, key=lambda r: len(r.ids))
+    limit = config.memory_limit * 1e9 or _free_bytes(policy.device) / 2
+    return max(len(longest.ids), int(limit / bytes_per_token(policy, longest, config)))
+
 # %% ../nbs/32_trainers.ipynb #afd3be4a
 def pick_scenarios(
     scenarios: Sequence[Scenario],  # all there are to train on
@@ -578,12 +714,15 @@ def learning_rate_at(
     return config.learning_rate * shape * (min(1., (step + 1) / config.warmup_steps) if config.warmup_steps else 1.)
 
 # %% ../nbs/32_trainers.ipynb #c0852f54
-def _move(policy: Policy, optimizer: torch.optim.Optimizer, rate: float, max_norm: float) -> float:
+def _move(policy: Policy, optimizer: torch.optim.Optimizer, rate: float, max_norm: float, processes: Processes | None = None) -> float:
     "One optimizer step; the gradient's length before it was shortened."
-    for p in policy.model.parameters():
-        if p.grad is None and p.requires_grad: p.grad = torch.zeros_like(p)  # rows that were skipped have a gradient of zero, not none
+    learning = [p for p in policy.model.parameters() if p.requires_grad]
+    for p in learning:
+        if p.grad is None: p.grad = torch.zeros_like(p)  # rows that were skipped have a gradient of zero, not none
+    if processes is not None and not policy.sharded: processes.add_gradients(learning)
     for g in optimizer.param_groups: g['lr'] = rate
-    norm = float(nn.utils.clip_grad_norm_(policy.model.parameters(), max_norm))
+    length = nn.utils.clip_grad_norm_(learning, max_norm)
+    norm = float(length.full_tensor() if isinstance(length, DTensor) else length)
     if not math.isfinite(norm): raise StateSetError(f'the gradient is {norm} — weights or rewards are broken — go back to the last checkpoint with a smaller learning_rate')
     optimizer.step(); optimizer.zero_grad(set_to_none=True)
     return norm
@@ -615,6 +754,7 @@ def learn(
     config: TrainingConfig,              # the loss
     step: int = 0,                       # the round, from 0; for the schedule
     head: ValueHead | None = None,       # for turn_credit='gae'; it learns too
+    processes: Processes | None = None,  # that learn together, each from all episodes
 ) -> dict[str, float]:                   # loss, gradient, distances
     "Move the weights by what the comparison says, with siblings or with what was expected."
     values, seen = ([], {}) if head is None else _learn_values(policy, head, groups, config)
@@ -622,15 +762,20 @@ def learn(
     n_sequences, n_tokens = max(len(rows), 1), max(sum(sum(r.mask) for r in rows), 1)
     todo = [r for r in rows if config.beta or config.entropy_coef or config.loss_type == 'bnpo' or any(r.advantages)]  # bnpo divides by the tokens at hand, so it must see them all
     idle = [] if len(todo) == len(rows) else [_nothing_clipped([r for r in rows if not any(r.advantages)], config)]
+    ours = processes or Processes()
+    batches = _passes(micro_batches(todo, config.micro_batch_tokens), ours, even=policy.sharded)
     old: dict[int, Tensor] = {}
     res: dict[str, float] = {}
     for it in range(config.num_iterations):
-        parts, total = [*idle], 0.
-        for batch in micro_batches(todo, config.micro_batch_tokens):
-            loss, metrics, logps = backward(policy, batch, [old[id(r)] for r in batch] if it else None, reference, config, n_sequences, n_tokens)
+        done: list[tuple[float, dict[str, Tensor]]] = []
+        for batch in batches:
+            if not batch: _pass_over_nothing(policy, reference, config); continue
+            with keeping_little(policy, config.gradient_checkpointing):
+                loss, metrics, logps = backward(policy, batch, [old[id(r)] for r in batch] if it else None, reference, config, n_sequences, n_tokens)
             if not it: old.update({id(r): lp for r, lp in zip(batch, logps)})
-            parts.append(metrics); total += loss
-        res = mean_metrics(parts) | {'loss': total, 'grad_norm': _move(policy, optimizer, learning_rate_at(step, config), config.max_grad_norm)}
+            done.append((loss, {k: v.cpu() for k, v in metrics.items()}))
+        parts = [part for theirs in ours.gather(done) for part in theirs]
+        res = mean_metrics([*idle, *(m for _, m in parts)]) | {'loss': sum(loss for loss, _ in parts), 'grad_norm': _move(policy, optimizer, learning_rate_at(step, config), config.max_grad_norm, ours)}
     policy.updated()
     return res | seen
 
@@ -705,30 +850,49 @@ def _check_same(path: Any, then: dict[str, Any], now: dict[str, Any], allow: Seq
 class _Resumable:
     "A trainer's checkpoints."
     agent: Agent; config: TrainingConfig; settings: TrainingConfig; step: int; log: RunLog | None; metric: float | None
-    policy: Policy | None; reference: Policy | None; head: ValueHead | None; optimizer: torch.optim.Optimizer
+    policy: Policy | None; reference: Policy | None; head: ValueHead | None; optimizer: torch.optim.Optimizer; processes: Processes
 
     async def initialize(self) -> None:
         "Load the policy, and make optimizer and reference."
         await self.agent.initialize()
-        policy, c = self.agent.policy, self.config
+        policy, c, self.processes = self.agent.policy, self.config, Processes()
         check_head(policy)
-        self.policy, self.reference = policy, Policy(copy.deepcopy(policy.model), policy.tokenizer, policy.format, 'reference') if c.beta else None
+        policy.scheduling = c.scheduling
+        if c.fsdp and self.processes.world == 1: raise ConfigError('fsdp=True spreads the weights over processes, and this is one alone — start it with torchrun --nproc_per_node N, or leave fsdp out')
+        self.reference = _reference_of(policy) if c.beta else None
+        if self.reference is policy and (c.sync_ref_model or c.fsdp): raise ConfigError('the reference of an adapter is its own base — sync_ref_model and fsdp cannot move it — leave them out, or merge_lora first')
+        self.policy = self._spread(policy)
+        if self.reference is not None: self._spread(self.reference)
         self.head = ValueHead(policy.model.config.get_text_config().hidden_size, c.value_learning_rate) if c.turn_credit == 'gae' else None
-        self.optimizer = torch.optim.AdamW(policy.model.parameters(), c.learning_rate, weight_decay=c.weight_decay)
+        self.optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], c.learning_rate, weight_decay=c.weight_decay)
+
+    def _spread(self, policy: Policy) -> Policy:
+        "The policy, its weights spread over the processes where that is wanted."
+        return shard(policy) if self.config.fsdp and not policy.sharded else policy
 
     def save_checkpoint(
         self,
         path: str | os.PathLike[str],  # a folder
     ) -> Path:                         # where it stands
-        "Write policy, optimizer, value head and step."
+        "Write policy, optimizer, value head and step. Of several processes all call this, and the first writes."
         if self.policy is None: raise NotTrained('there is nothing to save yet — await trainer.initialize() first')
+        if not self.processes.first:
+            if self.config.fsdp: self._write_weights(Path(path))
+            self.processes.gather('written')
+            return Path(path)
         with new_folder(path) as tmp:
-            save_policy(self.policy, tmp / 'policy')
-            if self.reference is not None: save_policy(self.reference, tmp / 'reference')
-            _save_optimizer(self.optimizer, tmp)
+            self._write_weights(tmp)
             if self.head is not None: _save_head(self.head, tmp / 'value_head')
             (tmp / 'trainer.json').write_text(json.dumps({'schema': 1, 'step': self.step, 'config': self.config.to_dict(), 'settings': self.settings.to_dict(), 'metric': self.metric}))
+        self.processes.gather('written')
         return Path(path)
+
+    def _write_weights(self, folder: Path) -> None:
+        "Policy, reference and moments; of sharded ones, each process has a part in it."
+        assert self.policy is not None
+        save_policy(self.policy, folder / 'policy')
+        if self.reference is not None and self.reference is not self.policy: save_policy(self.reference, folder / 'reference')
+        _save_optimizer(self.optimizer, folder)
 
     async def load_checkpoint(
         self,
@@ -742,12 +906,12 @@ class _Resumable:
         policy = load_policy(Path(path) / 'policy', str(self.agent.policy.device))
         self.agent._backend = PolicyBackend(policy)
         await self.initialize()
-        if self.reference is not None: self.reference = load_policy(Path(path) / 'reference', str(policy.device))
+        if self.reference is not None: self.reference = self._spread(load_policy(Path(path) / 'reference', str(policy.device))) if (Path(path) / 'reference').is_dir() else policy
         _load_optimizer(self.optimizer, Path(path))
         if self.head is not None: _load_head(self.head, Path(path) / 'value_head')
         self.step, self.metric = about['step'], about.get('metric')
         self.settings = TrainingConfig.from_dict(about['settings'] | {k: now[k] for k in allow})
-        if self.log is not None: self.log.keep(self.step)
+        if self.log is not None and self.processes.first: self.log.keep(self.step)
 
 # %% ../nbs/32_trainers.ipynb #aafae560
 def _player(agent: Agent, c: TrainingConfig) -> Agent:
@@ -772,9 +936,14 @@ class _Rounds(_Resumable):
 
     async def _batch(self, scenarios: list[Scenario], *address: Any) -> list[TrajectoryGroup]:
         "Episodes of some scenarios; the address names their random streams."
-        c = self.settings
-        groups = await rollouts(_player(self.agent, c), self.environment, scenarios, c.num_generations, stream(c.seed, 'step', self.step, *address),
-                                self.reward_fn, c.rollout_limit, max_turns=1 if self.single_turn else c.max_turns, max_total_tokens=c.max_total_tokens)
+        c, ours = self.settings, self.processes
+        mine = scenarios[ours.rank::ours.world]
+        with gathered(self.agent.policy):
+            groups = await rollouts(_player(self.agent, c), self.environment, mine, c.num_generations, stream(c.seed, 'step', self.step, *address),
+                                    self.reward_fn, c.rollout_limit, max_turns=1 if self.single_turn else c.max_turns, max_total_tokens=c.max_total_tokens) if mine else []
+        if ours.world > 1:
+            everyone = ours.gather([g.to_dict() for g in groups])
+            groups = [TrajectoryGroup.from_dict(everyone[i % ours.world][i // ours.world]) for i in range(len(scenarios))]
         if self.single_turn and all(t.truncated and t.segments and t.messages[-1].role != 'assistant' for g in groups for t in g.trajectories):
             raise ConfigError('every episode wanted a second turn — SingleTurnGRPOTrainer learns from one answer — use MultiTurnGRPOTrainer')
         return groups
@@ -796,17 +965,29 @@ class _Rounds(_Resumable):
         groups = await self.play()
         kept = _kept(groups, c)
         times.append(time.perf_counter())
-        metrics = play_metrics(groups, c) | {'entropy': (engine.entropy - entropy) / max(engine.drawn - drawn, 1)} | learn(policy, self.reference, self.optimizer, kept, c, self.step, self.head)
+        if not c.micro_batch_tokens:
+            rows = [r for r in make_rows(kept, replace(c, turn_credit='outcome')) if any(r.mask)]
+            if rows: c = self.settings = replace(c, micro_batch_tokens=min(self.processes.gather(fitting_tokens(policy, rows, c))), memory_limit=0.)
+        said = np.sum(self.processes.gather((engine.entropy - entropy, engine.drawn - drawn)), 0)
+        metrics = play_metrics(groups, c) | {'entropy': said[0] / max(said[1], 1)} | learn(policy, self.reference, self.optimizer, kept, c, self.step, self.head, self.processes)
         times.append(time.perf_counter())
         metrics |= {'learning_rate': learning_rate_at(self.step, c), 'time/rollout': times[1] - times[0], 'time/update': times[2] - times[1]} | {f'knobs/{k}': v for k, v in turned.items()}
         if c.filter_groups: metrics |= {'dynamic_sampling/played': float(len(groups)), 'dynamic_sampling/kept': float(len(kept))}
         if c.kl_target: metrics |= self._steer(metrics)
         self.step += 1
+        if c.sync_ref_model and self.step % c.ref_model_sync_steps == 0: self._follow(policy)
         if self.evaluate is not None and c.eval_steps and self.step % c.eval_steps == 0:
-            metrics |= {f'eval/{k}': v for k, v in (await self.evaluate(self.agent)).items()}
+            with gathered(policy): found = await self.evaluate(self.agent) if self.processes.first else {}
+            metrics |= {f'eval/{k}': v for k, v in self.processes.gather(found)[0].items()}
         self.metric = _judged(metrics, self.step, c)
         self._record(metrics, groups)
         return metrics
+
+    @torch.no_grad()
+    def _follow(self, policy: Policy) -> None:
+        "Move the reference towards the policy (TR-DPO, arXiv 2404.09656, section 3)."
+        assert self.reference is not None
+        for old, new in zip(self.reference.model.parameters(), policy.model.parameters()): old.lerp_(new, self.settings.ref_model_mixup_alpha)
 
     def _steer(self, metrics: dict[str, float]) -> dict[str, float]:
         "Move beta towards what holds the wanted distance; it is a setting, so a checkpoint has it."
@@ -816,12 +997,12 @@ class _Rounds(_Resumable):
 
     def _record(self, metrics: dict[str, float], groups: Sequence[TrajectoryGroup]) -> None:
         "Tell the callbacks, write the files, save when it is time."
-        for cb in self.callbacks: cb.on_log(self.step, metrics)
+        for cb in self.callbacks if self.processes.first else (): cb.on_log(self.step, metrics)
         if self.log is None: return
-        self.log.write(self.step, metrics, groups)
+        if self.processes.first: self.log.write(self.step, metrics, groups)
         if self.step == self.config.num_episodes or (self.config.save_steps and self.step % self.config.save_steps == 0):
             self.save_checkpoint(self.log.folder / f'checkpoint-{self.step}')
-            self.log.prune(self.config.save_total_limit, best_checkpoint(self.log.folder) if self.config.metric_for_best_model else None)
+            if self.processes.first: self.log.prune(self.config.save_total_limit, best_checkpoint(self.log.folder) if self.config.metric_for_best_model else None)
 
 # %% ../nbs/32_trainers.ipynb #01698ece
 def _knob_rules(c: TrainingConfig) -> dict[str, _Rule]:
@@ -866,11 +1047,11 @@ class MultiTurnGRPOTrainer(_Rounds):
         "One round after the other, yielding what each says; ends after `num_episodes`, or when the run is stopped."
         if self.policy is None: await self.initialize()
         assert self.policy is not None
-        if self.log is not None: self.log.begin(self.step)
+        if self.log is not None and self.processes.first: self.log.begin(self.step)
         if self.run.state in ('ready', 'done'): self.run.start()
         while self.step < self.config.num_episodes:
-            turned = await self.run.gate()
-            if self.run.state == 'stopped':
+            turned, state = self.processes.gather((await self.run.gate(), self.run.state))[0]   # the first one's run decides
+            if state == 'stopped':
                 if self.log is not None: self.save_checkpoint(self.log.folder / f'checkpoint-{self.step}')
                 return
             if turned: self.settings = replace(self.settings, **turned)
@@ -886,7 +1067,7 @@ class MultiTurnGRPOTrainer(_Rounds):
         progress: bool = False,  # show a progress bar
     ) -> Agent:                  # the agent, with the weights it has learnt
         "Run to the end."
-        with progress_bar('training', self.config.num_episodes, progress, self.step) as advance:
+        with progress_bar('training', self.config.num_episodes, progress and os.environ.get('RANK', '0') == '0', self.step) as advance:
             async for m in self.steps(): advance(f'reward {m["reward"]:.2f}' + (f', success {m["success"]:.0%}' if 'success' in m else ''))
         return self.agent
 
