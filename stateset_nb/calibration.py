@@ -350,7 +350,8 @@ class CalibratedRewardFunction(RewardFunction):
     def _collect(self, results: list[RewardResult]) -> list[RewardResult]:
         known = self.normalizer.ready
         if not known and not self.auto_calibrate: raise NotTrained(f'reward {self.name!r} is not calibrated — fit its normalizer, use MultiRewardCalibrator, or say auto_calibrate=True')
-        res = [_calibrated(self.name, r, self.normalizer.normalize(r.reward) if known else r.reward, known) for r in results]
+        notes = {'calibrated': known} | ({'drifted': self.alarm.drifted} if self.alarm is not None else {})
+        res = [_calibrated(self.name, r, self.normalizer.normalize(r.reward) if known else r.reward, notes) for r in results]
         if self.auto_calibrate or self.alarm is not None:
             self._pending += [r.reward for r in results]
             if len(self._pending) > self.pending_limit:
@@ -372,9 +373,9 @@ class CalibratedRewardFunction(RewardFunction):
         self.update()
 
 # %% ../nbs/23_calibration.ipynb #f20c09bd
-def _calibrated(name: str, r: RewardResult, value: float, known: bool) -> RewardResult:
+def _calibrated(name: str, r: RewardResult, value: float, notes: dict[str, bool]) -> RewardResult:
     "A result with another reward, and both in its components."
-    return RewardResult(r.score, value, {**r.components, f'{name}/raw': r.reward, f'{name}/calibrated': value}, r.explanation, {**r.metadata, 'calibrated': known})
+    return RewardResult(r.score, value, {**r.components, f'{name}/raw': r.reward, f'{name}/calibrated': value}, r.explanation, {**r.metadata, **notes})
 
 # %% ../nbs/23_calibration.ipynb #91a2fe81
 def _fit_ridge(d: NDArray[np.float64], ridge: float) -> NDArray[np.float64]:
