@@ -4,7 +4,7 @@
 
 # %% ../nbs/01_policy.ipynb #514dea41
 from __future__ import annotations
-import asyncio, contextvars, itertools, json, logging, math, os, re, shutil, sys, tempfile
+import asyncio, contextvars, itertools, json, logging, math, os, re, shutil, sys, tempfile, warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,9 +22,9 @@ from .core import BackendError, ConfigError, Conversation, DataError, Message, R
 # %% auto #0
 __all__ = ['Key', 'SCHEDULING', 'ChatFormat', 'make_tokenizer', 'CompactFormat', 'TemplateFormat', 'SamplingParams', 'Sampled',
            'pick_tokens', 'context_length', 'ContextFull', 'Policy', 'tiny_model', 'pad_rows', 'shared_prefix',
-           'Branch', 'prefix_tree', 'states_before', 'sequence_logps', 'check_head', 'add_lora', 'merge_lora',
-           'new_folder', 'save_policy', 'load_policy', 'conversation_tokens', 'clone_conversations', 'TinyConfig',
-           'cache_folder', 'tiny_policy']
+           'Branch', 'prefix_tree', 'states_before', 'sequence_logps', 'check_head', 'add_lora', 'merge_lora', 'shard',
+           'gathered', 'new_folder', 'save_policy', 'load_policy', 'conversation_tokens', 'clone_conversations',
+           'TinyConfig', 'cache_folder', 'tiny_policy']
 
 # %% ../nbs/01_policy.ipynb #7935af29
 class ChatFormat:
@@ -624,6 +624,7 @@ class Policy:
         self.scheduling = scheduling
         self.version = 0             # counts updates of the weights; call `updated` after each
         self.adapter: Any = None     # peft's wrapper, see `add_lora`
+        self.sharded = False         # are the weights spread over processes? see `shard`
         self.engine = _Engine(self)
         self._layers = _layer_types(model)
         c = model.config.to_dict()   # slow, so asked once
@@ -666,6 +667,13 @@ class Policy:
     ) -> None:
         "Forget a conversation's keys and values."
         self.engine.leaving.add(key)
+
+    def within(
+        self,
+        compute: Callable[[], Any],  # a training pass
+    ) -> Any:                        # what it returns
+        "Compute with the weights at hand, also where they are spread over processes."
+        return self.model.within(compute) if self.sharded else compute()
 
     def updated(self) -> None:
         "Say that the weights changed: what was kept of conversations no longer holds."
@@ -886,13 +894,13 @@ _FAR = 2**30    # a position that nobody looks at
 _SPARE = 512    # padded tokens that cost as much as a pass, about
 
 # %% ../nbs/01_policy.ipynb #42537108
-def _batches_of(branches: Sequence[Branch]) -> list[list[Branch]]:
-    "Branches of like length together, the longest first."
+def _batches_of(branches: Sequence[Branch], one: bool = False) -> list[list[Branch]]:
+    "Branches of like length together, the longest first; all of them in one where processes must make the same passes."
     res: list[list[Branch]] = []
     waste = 0
     for b in sorted(branches, key=lambda b: -len(b.ids)):
         waste += len(res[-1][0].ids) - len(b.ids) if res else 0
-        if not res or waste > _SPARE: res.append([]); waste = 0
+        if not res or (waste > _SPARE and not one): res.append([]); waste = 0
         res[-1].append(b)
     return res
 
@@ -930,7 +938,7 @@ def _tree_states(policy: Policy, tree: Sequence[Branch], wanted: dict[Branch, np
         groups: dict[_Read | None, list[Branch]] = {}
         for b in tree:
             if b.level == level: groups.setdefault(kept[b.parent], []).append(b)
-        for before, part in ((before, part) for before, some in groups.items() for part in _batches_of(some)):
+        for before, part in ((before, part) for before, some in groups.items() for part in _batches_of(some, policy.sharded)):
             hidden, read = _read_branches(policy, part, before, any(b in parents for b in part))
             for b in part: kept[b], first[b] = read, n; n += len(wanted[b])
             at = np.concatenate([i * hidden.shape[1] + wanted[b] for i, b in enumerate(part)])
@@ -947,7 +955,9 @@ def _shares(policy: Policy) -> bool:
     from transformers.modeling_layers import GradientCheckpointingLayer
     how, model = policy.model.config._attn_implementation, policy.model
     light = model.training and any(m.gradient_checkpointing for m in model.modules() if isinstance(m, GradientCheckpointingLayer))
-    why = f'attention {how!r} takes no mask from outside' if how not in ('sdpa', 'eager') else 'gradient checkpointing keeps no keys and values' if light else ''
+    reasons = {f'attention {how!r} takes no mask from outside': how not in ('sdpa', 'eager'), 'gradient checkpointing keeps no keys and values': light,
+               'the weights are sharded, and all processes must make the same passes': policy.sharded}
+    why = next((text for text, holds in reasons.items() if holds), '')
     if why: _say_once(f'prefixes are read once for each row: {why}')
     return not why
 
@@ -1027,9 +1037,10 @@ def sequence_logps(
 ) -> tuple[Tensor, Tensor]:   # (log-probabilities, entropies), each [B, T] in float32 or better, nats, 0 where mask is 0; entropies 0 unless wanted
     "Log-probability of each chosen token given those before it, and the entropy there."
     want = mask.bool()
-    with torch.autocast(policy.device.type, torch.bfloat16, enabled=bf16):
+    def both() -> tuple[Tensor, Tensor]:
         states, index = states_before(policy, ids, mask, share)
-        logps, h = _head(policy, states, index, ids[want].to(policy.device), temperature, entropy)
+        return _head(policy, states, index, ids[want].to(policy.device), temperature, entropy)
+    with torch.autocast(policy.device.type, torch.bfloat16, enabled=bf16): logps, h = policy.within(both)
     zero = torch.zeros(ids.shape, dtype=logps.dtype, device=policy.device)
     return zero.masked_scatter(want.to(policy.device), logps), zero.masked_scatter(want.to(policy.device), h)
 
@@ -1057,7 +1068,9 @@ def add_lora(
     if policy.adapter is not None: raise ConfigError('this policy has an adapter already — merge_lora it first, or go on training that one')
     set_seed(seed)
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-    policy.adapter = peft.get_peft_model(policy.model, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0., task_type='CAUSAL_LM'))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', FutureWarning)  # peft's, about names in transformers
+        policy.adapter = peft.get_peft_model(policy.model, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0., task_type='CAUSAL_LM'))
     policy.updated()
     return policy
 
@@ -1070,6 +1083,34 @@ def merge_lora(
     policy.model, policy.adapter = policy.adapter.merge_and_unload(), None
     policy.updated()
     return policy
+
+# %% ../nbs/01_policy.ipynb #ce19329b
+def shard(
+    policy: Policy,  # changed in place, in a process group that has begun (torchrun, accelerate)
+) -> Policy:         # the same policy; make its optimizer afterwards
+    "Spread the weights over the processes (PyTorch's `fully_shard`, layer by layer)."
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    for layer in [m for m in policy.model.modules() if isinstance(m, GradientCheckpointingLayer)]: fully_shard(layer)
+    fully_shard(policy.model)
+    for m in policy.model.modules():
+        if isinstance(m, FSDPModule): m.set_gradient_divide_factor(1.)  # gradients are shares of one sum
+    policy.model.within = lambda f: f()
+    register_fsdp_forward_method(policy.model, 'within')  # what is computed within it finds its weights gathered
+    policy.sharded = True
+    return policy
+
+@contextmanager
+def gathered(
+    policy: Policy,  # sharded or not
+) -> Iterator[None]: # a `with` block
+    "The whole model on every process, for as long as the block."
+    from torch.distributed.fsdp import FSDPModule
+    parts = [m for m in policy.model.modules() if isinstance(m, FSDPModule)]
+    for m in parts: m.set_reshard_after_forward(False, recurse=False); m.unshard()
+    try: yield
+    finally:
+        for m in parts: m.set_reshard_after_forward(m is not policy.model, recurse=False); m.reshard()
 
 # %% ../nbs/01_policy.ipynb #461f75e7
 @contextmanager
@@ -1101,31 +1142,50 @@ def _no_bars() -> Iterator[None]:
         if on: hf.enable_progress_bar()
 
 # %% ../nbs/01_policy.ipynb #e0cac085
+def _whole_weights(policy: Policy) -> dict[str, Tensor] | None:
+    "The weights of a sharded policy, put together on the first process (empty on the others); None where nothing is sharded."
+    if not policy.sharded: return None
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    return get_model_state_dict(policy.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))  # type: ignore[return-value]
+
+# %% ../nbs/01_policy.ipynb #ca671bdb
 def save_policy(
-    policy: Policy,                # weights, tokenizer and chat format
+    policy: Policy,                # weights, tokenizer and chat format; of a sharded one every process calls this, and the first writes
     path: str | os.PathLike[str],  # a folder
 ) -> Path:                         # where it stands
     "Write a policy as a folder that Hugging Face and `load_policy` can read; of a policy with an adapter the adapter alone, and where its base is."
     base = {} if policy.adapter is None else {'base': policy.model.name_or_path}
     if not base.get('base', '-'): raise ConfigError('the base of this adapter was made in memory — save_policy it before add_lora, and load it from there — or merge_lora first')
+    weights = _whole_weights(policy)
+    if weights == {}: return Path(path)
     with new_folder(path) as tmp, _no_bars():
-        (policy.adapter or policy.model).save_pretrained(tmp)
+        (policy.adapter or policy.model).save_pretrained(tmp, state_dict=weights)
         policy.tokenizer.save_pretrained(tmp)
         (tmp / 'policy.json').write_text(json.dumps({'schema': 1, 'name': policy.name, 'version': policy.version, 'format': type(policy.format).__name__} | base))
     return Path(path)
 
 # %% ../nbs/01_policy.ipynb #0f952985
-def _load_model(where: str, revision: str | None, dtype: str) -> tuple[Any, Any]:
+def _quantised(bits: str | None) -> dict[str, Any]:
+    "What transformers is told so that linear layers are kept in few bits."
+    if bits is None: return {}
+    if bits not in ('4bit', '8bit'): raise ConfigError(f"quantization={bits!r} — expected '4bit', '8bit' or None")
+    require('bitsandbytes', 'quant')
+    from transformers import BitsAndBytesConfig
+    return {'quantization_config': BitsAndBytesConfig(load_in_8bit=True) if bits == '8bit' else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=torch.get_default_dtype())}
+
+# %% ../nbs/01_policy.ipynb #314fd8a7
+def _load_model(where: str, revision: str | None, dtype: str, quantization: str | None = None) -> tuple[Any, Any]:
     "(tokenizer, model) of a folder or a name on the hub."
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     try:
         with _no_bars():
             tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
-            model = AutoModelForCausalLM.from_pretrained(where, revision=revision, dtype=dtype, use_safetensors=True)
+            model = AutoModelForCausalLM.from_pretrained(where, revision=revision, dtype=dtype, use_safetensors=True, **_quantised(quantization))
     except (OSError, ValueError, SafetensorError) as e:
         raise BackendError(f'cannot load the model {where!r} — expected a folder with config.json, model.safetensors and a tokenizer, or a name on the hub that can be reached — {str(e).splitlines()[0][:160]}') from None
-    for p in model.parameters(): p.data = p.data.clone()  # out of the mapped file, aligned as new weights are: the same bits come out
+    if quantization is None:
+        for p in model.parameters(): p.data = p.data.clone()  # out of the mapped file, aligned as new weights are: the same bits come out
     return tokenizer, model
 
 # %% ../nbs/01_policy.ipynb #ce99b50a
@@ -1134,16 +1194,17 @@ def load_policy(
     device: str | None = None,             # 'cuda' where there is one, unless given
     dtype: str = 'auto',                   # of the weights, e.g. 'float32'; 'auto' takes the checkpoint's
     revision: str | None = None,           # of a model on the hub
+    quantization: str | None = None,       # '4bit' (NF4, QLoRA arXiv 2305.14314) or '8bit' by bitsandbytes: the base of an adapter, see `add_lora`
 ) -> Policy:                               # raises `BackendError` when it cannot be had
     "Any causal language model, by folder or by name. Only safetensors are read; no remote code is run."
     where = str(name_or_path)
     f = Path(where) / 'policy.json'
     about = json.loads(f.read_text()) if f.is_file() else {}
-    tokenizer, model = _load_model(about.get('base', where), revision, dtype)
+    tokenizer, model = _load_model(about.get('base', where), revision, dtype, quantization)
     adapter = require('peft', 'trl').PeftModel.from_pretrained(model, where, is_trainable=True) if 'base' in about else None
     if about.get('format', 'TemplateFormat') not in ('CompactFormat', 'TemplateFormat'): raise BackendError(f'{where} was saved with the format {about["format"]} — only CompactFormat and TemplateFormat are known here — load the model, and give your format to Policy')
     where_to: Any = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    policy = Policy(model.to(where_to), tokenizer,
+    policy = Policy(model if quantization else model.to(where_to), tokenizer,
                     CompactFormat(tokenizer) if about.get('format') == 'CompactFormat' else None, about.get('name', where))
     policy.version, policy.adapter = about.get('version', 0), adapter
     return policy

@@ -638,6 +638,20 @@ def test_an_adapter_learns_alone_and_comes_back_with_its_base(name, tmp_path):
     merged = load_policy(save_policy(merge_lora(p), tmp_path / 'merged'))
     assert merged.adapter is None and torch.allclose(two_ways(merged, rows, masks)[0][0], after, atol=1e-5)
 
+def test_an_adapter_over_a_base_of_four_bits(tmp_path):
+    pytest.importorskip('bitsandbytes'); pytest.importorskip('peft')
+    from stateset_nb.policy import add_lora
+    base = fresh(hidden_size=64)
+    save_policy(base, tmp_path / 'base')
+    p = add_lora(load_policy(tmp_path / 'base', quantization='4bit'), rank=2)
+    rows, masks = [[*range(5, 90), i, 9, 11] for i in (5, 6, 7)], [[0] * 60 + [1] * 28] * 3
+    (lp, _, g), (lp2, _, g2) = two_ways(p, rows, masks)
+    assert (lp - lp2).abs().max() < 1e-5 and (g - g2).norm() < 1e-5 * g2.norm() > 0
+    assert 0 < (lp - two_ways(base, rows, masks)[0][0]).abs().max() < .5
+    soon(crowd(p, n=2))
+    back = load_policy(save_policy(p, tmp_path / 'adapter'), quantization='4bit')
+    assert torch.equal(two_ways(back, rows, masks)[0][0], lp)
+
 def test_bfloat16_is_near_and_not_the_same(pol):
     rows, masks = [[*range(5, 90), i, 9, 11] for i in (5, 6, 7)], [[0] * 60 + [1] * 28] * 3
     exact, near = (sequence_logps(pol, pad_rows(rows), pad_rows(masks), bf16=b)[0] for b in (False, True))
