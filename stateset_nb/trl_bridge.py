@@ -11,6 +11,8 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .core import ConfigError, Message, Scenario, StateSetError, Trajectory, TrajectoryGroup, as_messages, check_keys, gather, require, run_sync, stream
 from .policy import Policy, _no_bars
 from .agents import Agent
@@ -50,7 +52,11 @@ _KNOBS: dict[str, tuple[str, str]] = {  # ours -> (TRL's, what to know)
     'seed': ('seed', 'scenarios and episodes are those of our trainers'),
     'save_steps': ('save_steps', 'times num_iterations; 0 saves at the end'),
     'save_total_limit': ('save_total_limit', ''),
-    'rollout_limit': ('', 'kept by our rollouts')}
+    **{k: (k, '') for k in ('delta', 'sapo_temperature_pos', 'sapo_temperature_neg', 'use_bias_correction_kl', 'sync_ref_model', 'ref_model_mixup_alpha', 'bf16', 'gradient_checkpointing')},
+    'entropy_coef': ('entropy_coef', "TRL's bonus is a mean of micro-batch means"),
+    'ref_model_sync_steps': ('ref_model_sync_steps', 'times num_iterations'),
+    **{f'vllm_importance_sampling_{k}': (f'vllm_importance_sampling_{k}', 'acts in TRL only where vLLM samples') for k in ('correction', 'mode', 'clip_max', 'clip_min')},
+    'max_total_tokens': ('', 'kept by our rollouts'), 'rollout_limit': ('', 'kept by our rollouts')}
 
 # %% ../nbs/33_trl_bridge.ipynb #adc8d0b0
 _UNMAPPED = {  # ours -> why TRL has no such thing, and what to do
@@ -59,6 +65,16 @@ _UNMAPPED = {  # ours -> why TRL has no such thing, and what to do
     'gamma': 'it discounts turns, and TRL has one advantage a conversation — train with MultiTurnGRPOTrainer',
     'gae_lambda': 'it is for turn_credit, and TRL has one advantage a conversation — train with MultiTurnGRPOTrainer',
     'value_learning_rate': 'it is for turn_credit, and TRL has no value head — train with MultiTurnGRPOTrainer',
+    **dict.fromkeys(('omega', 'leave_one_out'), 'TRL has no such credit — train with MultiTurnGRPOTrainer'),
+    **dict.fromkeys(('filter_groups', 'max_num_gen_batches'), 'TRL learns from every group it has played — train with MultiTurnGRPOTrainer'),
+    'multi_objective_aggregation': 'the bridge hands TRL one reward an episode — train with MultiTurnGRPOTrainer',
+    'truncated_in_baseline': 'TRL keeps the reward of what was cut in the baseline — train with MultiTurnGRPOTrainer',
+    'soft_punish_cache': "TRL has it as a reward function — give trl.rewards.get_soft_overlong_punishment beside yours",
+    'kl_target': 'TRL keeps beta as it is — train with MultiTurnGRPOTrainer',
+    'scheduling': 'it belongs to the policy — set policy.scheduling',
+    'memory_limit': 'TRL cuts a batch by rows — give per_device_train_batch_size',
+    'fsdp': "TRL spreads the weights by accelerate — give fsdp='full_shard' and fsdp_config to it",
+    **dict.fromkeys(('metric_for_best_model', 'greater_is_better'), 'TRL judges checkpoints by its own evaluation — give eval_strategy, eval_dataset and load_best_model_at_end'),
     'micro_batch_tokens': 'TRL cuts a batch by rows, not by tokens — give per_device_train_batch_size',
     'eval_steps': 'TRL evaluates on a dataset and knows no `evaluate` — add a callback, or give eval_strategy and eval_dataset'}
 
@@ -93,20 +109,20 @@ def _batches(config: TrainingConfig, per_device: int | None, processes: int) -> 
 # %% ../nbs/33_trl_bridge.ipynb #a338d75a
 def _translated(c: TrainingConfig) -> dict[str, Any]:
     "The fields of `GRPOConfig` that follow from ours, but for the batch."
-    same = [k for k, (theirs, _) in _KNOBS.items() if k == theirs and k not in ('warmup_steps', 'save_steps', 'lr_scheduler_type', 'scale_rewards')]
+    same = [k for k, (theirs, _) in _KNOBS.items() if k == theirs and k not in ('warmup_steps', 'save_steps', 'lr_scheduler_type', 'scale_rewards', 'ref_model_sync_steps')]
     steps = c.num_episodes * c.num_iterations
-    return {k: c.__dict__[k] for k in same} | {
+    return {k: c.__dict__[k] for k in same} | ({'use_cpu': True} if c.bf16 and not torch.cuda.is_available() else {}) | {
         'max_steps': steps, 'warmup_steps': c.warmup_steps * c.num_iterations, 'max_tool_calling_iterations': c.max_turns - 1,
         'lr_scheduler_type': 'constant_with_warmup' if c.lr_scheduler_type == 'constant' and c.warmup_steps else c.lr_scheduler_type,
-        'scale_rewards': 'group' if c.scale_rewards else 'none', 'save_strategy': 'steps', 'save_steps': c.save_steps * c.num_iterations or steps}
+        'scale_rewards': c.scale_rewards if isinstance(c.scale_rewards, str) else 'group' if c.scale_rewards else 'none', 'ref_model_sync_steps': c.ref_model_sync_steps * c.num_iterations, 'save_strategy': 'steps', 'save_steps': c.save_steps * c.num_iterations or steps}
 
 # %% ../nbs/33_trl_bridge.ipynb #27812980
-_AS_OURS: dict[str, Any] = {'bf16': False, 'gradient_checkpointing': False, 'logging_steps': 1, 'shuffle_dataset': False, 'report_to': 'none'}
+_AS_OURS: dict[str, Any] = {'logging_steps': 1, 'shuffle_dataset': False, 'report_to': 'none'}
 
 def to_grpo_config(
     config: TrainingConfig,             # the settings
     output_dir: str | os.PathLike[str], # where TRL writes
-    **overrides: Any,                   # fields of `GRPOConfig` that ours have no word for: bf16, use_vllm, deepspeed, per_device_train_batch_size, ...
+    **overrides: Any,                   # fields of `GRPOConfig` that ours have no word for: use_vllm, deepspeed, per_device_train_batch_size, ...
 ) -> Any:                               # a `trl.GRPOConfig`; raises `ConfigError` for what cannot be mapped
     "The settings of a run as TRL's."
     kind = _trl().GRPOConfig
@@ -260,7 +276,7 @@ class _RolloutFunc:
         mine = len(prompts) * trainer.accelerator.process_index
         async def play(job: tuple[int, str, int]) -> Trajectory:
             i, name, k = job
-            return await rollout(self.agent, self.environment, self.scenarios[name], seed, sample=k, order=i, reward_fn=self.reward_fn, max_turns=c.max_turns)
+            return await rollout(self.agent, self.environment, self.scenarios[name], seed, sample=k, order=i, reward_fn=self.reward_fn, max_turns=c.max_turns, max_total_tokens=c.max_total_tokens)
         trainer.model.eval(); self.agent.policy.updated()
         try: ts = run_sync(gather(play, jobs[mine:mine + len(prompts)], c.rollout_limit))
         finally: trainer.model.train(learns)

@@ -65,18 +65,21 @@ FIELDS = {
     'vllm_importance_sampling_mode': ('token_mask', {'vllm_importance_sampling_correction': True}), 'vllm_importance_sampling_clip_max': (.5, {'vllm_importance_sampling_correction': True}),
     'vllm_importance_sampling_clip_min': (2., {'vllm_importance_sampling_correction': True}), 'metric_for_best_model': ('num_turns/mean', {'num_episodes': 4, 'save_steps': 1, 'save_total_limit': 1}),
     'greater_is_better': (False, {'num_episodes': 4, 'save_steps': 1, 'save_total_limit': 1, 'metric_for_best_model': 'num_turns/mean'}),
+    'sync_ref_model': (True, {'beta': .5, 'ref_model_sync_steps': 1}), 'ref_model_sync_steps': (1, {'beta': .5, 'sync_ref_model': True}), 'ref_model_mixup_alpha': (.1, {'beta': .5, 'sync_ref_model': True, 'ref_model_sync_steps': 1}),
+    'scheduling': 'eager', 'bf16': True, 'gradient_checkpointing': True, 'memory_limit': (1e-4, {'micro_batch_tokens': 0}), 'fsdp': True,
     'micro_batch_tokens': 64, 'rollout_limit': 1, 'seed': 7, 'eval_steps': 1, 'save_steps': 1, 'save_total_limit': (1, {'save_steps': 1})}
 
 def recorded(start, config, monkeypatch, tmp_path):
     "Everything a run leaves behind that somebody could look at."
-    passes, env = [], Toy()
+    passes, env, little, real = [], Toy(), [], trainers.keeping_little
     with monkeypatch.context() as m:
+        m.setattr(trainers, 'keeping_little', lambda policy, on: (little.append(on), real(policy, on))[1])
         m.setattr(trainers, 'backward', lambda *a, **k: (passes.append(len(a[1])), backward(*a, **k))[1])
         async def ask(agent): return {'success': .5}
         out = tmp_path / str(len(list(tmp_path.iterdir())))
         t = trainer_of(start, config, out, env=env, evaluate=ask)
         soon(t.train())
-    return {'metrics': [no_time(x) for x in lines(out / 'metrics.jsonl')], 'trajectories': lines(out / 'trajectories.jsonl'), 'files': sorted(str(p.relative_to(out)) for p in out.rglob('*')), 'passes': passes, 'in flight': env.most,
+    return {'metrics': [no_time(x) for x in lines(out / 'metrics.jsonl')], 'trajectories': lines(out / 'trajectories.jsonl'), 'files': sorted(str(p.relative_to(out)) for p in out.rglob('*')), 'passes': passes, 'in flight': env.most, 'little': little, 'scheduling': t.policy.scheduling,
             'weights': {k: v.double().sum().item() for k, v in t.policy.model.state_dict().items()}}
 
 def test_every_setting_changes_what_is_recorded(start, monkeypatch, tmp_path):
@@ -89,6 +92,9 @@ def test_every_setting_changes_what_is_recorded(start, monkeypatch, tmp_path):
     for name, v in FIELDS.items():
         value, base = v if isinstance(v, tuple) else (v, {})
         was = replace(BASE, **base)
+        if name == 'fsdp':
+            with pytest.raises(ConfigError, match='torchrun'): run(replace(was, fsdp=True))
+            continue
         assert run(replace(was, **{name: value})) != run(was), f'{name} changes nothing'
 
 def test_cispo_wants_a_ceiling_of_at_least_one():
@@ -97,7 +103,7 @@ def test_cispo_wants_a_ceiling_of_at_least_one():
 
 BAD = {'num_episodes': [0, 1.5, 2.0, math.inf, math.nan, True, '3'], 'prompts_per_step': [0], 'num_generations': [1, 2.5], 'max_completion_length': [0], 'max_turns': [0], 'temperature': [0, -1, math.inf, math.nan], 'learning_rate': [0, math.nan, math.inf, '1e-5'],
        'lr_scheduler_type': ['Linear', None], 'warmup_steps': [-1, .5], 'weight_decay': [-1, math.nan], 'max_grad_norm': [0, math.inf], 'num_iterations': [0], 'loss_type': ['ppo'], 'importance_sampling_level': ['turn'], 'scale_rewards': ['no', None],
-       'epsilon': [0], 'epsilon_high': [0], 'beta': [-.1], 'kl': ['k4'], 'turn_credit': ['token'], 'gamma': [-.1, 1.1, math.nan], 'gae_lambda': [-.1, 1.1], 'value_learning_rate': [0], 'mask_truncated_completions': ['false'], 'micro_batch_tokens': [0], 'rollout_limit': [0], 'seed': [-1, .5], 'eval_steps': [-1],
+       'epsilon': [0], 'epsilon_high': [0], 'beta': [-.1], 'kl': ['k4'], 'turn_credit': ['token'], 'gamma': [-.1, 1.1, math.nan], 'gae_lambda': [-.1, 1.1], 'value_learning_rate': [0], 'mask_truncated_completions': ['false'], 'micro_batch_tokens': [-1, .5], 'memory_limit': [-1, 1.], 'scheduling': ['fast'], 'bf16': ['yes'], 'gradient_checkpointing': [None], 'fsdp': ['yes'], 'sync_ref_model': ['yes', True], 'ref_model_sync_steps': [0], 'ref_model_mixup_alpha': [-.1, 1.1], 'rollout_limit': [0], 'seed': [-1, .5], 'eval_steps': [-1],
        'save_steps': [-1], 'save_total_limit': [0], 'max_total_tokens': [-1, 1.5], 'filter_groups': ['yes', None], 'max_num_gen_batches': [0], 'leave_one_out': ['yes'], 'multi_objective_aggregation': ['sum', None], 'omega': [-1],
        'truncated_in_baseline': ['no', False], 'soft_punish_cache': [-1, .5, 129], 'delta': [0, 1., 1.28, math.nan, math.inf, True, '2'], 'sapo_temperature_pos': [0, math.nan], 'sapo_temperature_neg': [-1], 'entropy_coef': [-.1, math.inf],
        'use_bias_correction_kl': ['yes'], 'kl_target': [-1, .1, math.nan], 'vllm_importance_sampling_correction': [None], 'vllm_importance_sampling_mode': ['token'], 'vllm_importance_sampling_clip_max': [0, -1, None],

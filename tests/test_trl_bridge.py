@@ -98,23 +98,25 @@ def test_without_trl_the_extra_is_named(monkeypatch, tmp_path):
 OTHER = {int: lambda v: v + 1, float: lambda v: v / 2 + .15, bool: lambda v: not v}
 CHOICES = {'lr_scheduler_type': 'cosine', 'loss_type': 'grpo', 'importance_sampling_level': 'sequence', 'kl': 'k2', 'turn_credit': 'turn'}
 
-def changed(name, v): return {name: CHOICES.get(name) or OTHER[type(v)](v)}
+MORE = {'delta': 2., 'vllm_importance_sampling_clip_min': .5, 'metric_for_best_model': 'reward', 'multi_objective_aggregation': 'normalize_then_sum', 'vllm_importance_sampling_mode': 'token_mask', 'scheduling': 'eager'}
+NEEDS = {'kl_target': {'beta': .1}, 'sync_ref_model': {'beta': .1}, 'memory_limit': {'micro_batch_tokens': 0}, 'truncated_in_baseline': {'mask_truncated_completions': True}}
+def changed(name, v): return {name: CHOICES.get(name) or MORE.get(name) or OTHER[type(v)](v)}
 
 @pytest.mark.parametrize('name, default', TrainingConfig().to_dict().items())
 def test_every_setting_is_mapped_or_refused(trl, tmp_path, name, default):
     "A changed setting changes TRL's of the name in the table, or it is refused, saying why; none is dropped."
     assert (name in _KNOBS) != (name in _UNMAPPED) and name in trl_knobs().index
-    config = TrainingConfig(**changed(name, default))
+    base, config = TrainingConfig(**NEEDS.get(name, {})), TrainingConfig(**NEEDS.get(name, {}) | changed(name, default))
     if name in _UNMAPPED:
-        with pytest.raises(ConfigError, match=f'{name}=.* — '): to_grpo_config(config, tmp_path)
+        with pytest.raises(ConfigError, match=f'{name}=.* — ' if name != 'memory_limit' else 'give per_device_train_batch_size'): to_grpo_config(config, tmp_path)
     elif to := _KNOBS[name][0]:
-        a, b = to_grpo_config(TrainingConfig(), tmp_path), to_grpo_config(config, tmp_path)
+        a, b = to_grpo_config(base, tmp_path), to_grpo_config(config, tmp_path)
         assert vars(a)[to] != vars(b)[to]
         moved = {k for k in vars(a) if vars(a)[k] != vars(b)[k] and isinstance(vars(a)[k], (int, float, str))} - {to, 'generation_batch_size', 'steps_per_generation', 'run_name'}
-        also = {'num_iterations': {'max_steps', 'save_steps'}, 'num_episodes': {'save_steps'}, 'warmup_steps': {'lr_scheduler_type'}, 'num_generations': {'per_device_train_batch_size'}}
+        also = {'gradient_checkpointing': {'activation_checkpointing'}, 'bf16': {'use_cpu'}, 'num_iterations': {'max_steps', 'save_steps', 'ref_model_sync_steps'}, 'num_episodes': {'save_steps'}, 'warmup_steps': {'lr_scheduler_type'}, 'num_generations': {'per_device_train_batch_size'}}
         assert moved <= also.get(name, set()), f'{name} also changes {moved}'
         if name not in ('num_episodes', 'prompts_per_step', 'max_turns', 'scale_rewards'): assert vars(b)[to] == changed(name, default)[name]
-    else: assert name == 'rollout_limit'   # kept by our rollouts
+    else: assert name in ('rollout_limit', 'max_total_tokens')   # kept by our rollouts
 
 def test_what_a_round_is_in_updates_and_rows(trl, tmp_path):
     c = TrainingConfig(num_episodes=5, num_iterations=3, prompts_per_step=6, num_generations=4, save_steps=2, warmup_steps=2, scale_rewards=False)
