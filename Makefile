@@ -40,11 +40,13 @@ check: $(ready) ## seconds: modules and notebooks agree, ruff, mypy
 check-outputs: $(ready) ## minutes: run every notebook and compare with the outputs it stores
 	@python tools/nbrun.py --check nbs
 
-bench: $(ready) ## the figures of the demo, short
+bench: $(ready) ## the figures of the demo and of the engine beside TRL, short
 	@python benchmarks/support_desk.py --quick
+	@python benchmarks/engine.py --quick
 
-bench-full: $(ready) ## the figures of the demo, every seed and rival (long)
+bench-full: $(ready) ## every seed and rival of the demo, every case of the engine (long)
 	@python benchmarks/support_desk.py
+	@python benchmarks/engine.py
 
 system:         ## Debian and Ubuntu: install the browser that drives the site's tests
 	@tools/system.sh

@@ -1,14 +1,18 @@
-"""The bench of the demo: what it calls met, what it merges, and what it writes. It is not run here."""
-import importlib.util, json
+"""The benches: what they call met, what they merge, and what they write. That of the demo is not run here, that of the engine with tiny settings."""
+import importlib.util, json, os, subprocess, sys
 from pathlib import Path
 import pytest
+from conftest import lacking
 
-@pytest.fixture(scope='module')
-def bench():
-    spec = importlib.util.spec_from_file_location('support_desk_bench', Path(__file__).parent.parent/'benchmarks'/'support_desk.py')
+def load(name):
+    spec = importlib.util.spec_from_file_location(f'{name}_bench', Path(__file__).parent.parent/'benchmarks'/f'{name}.py')
     m = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = m  # dataclasses look their module up
     spec.loader.exec_module(m)
     return m
+
+@pytest.fixture(scope='module')
+def bench(): return load('support_desk')
 
 def rate(v, n=200): return {'value': v, 'low': max(0, v-.05), 'high': min(1, v+.05), 'n': n}
 
@@ -58,3 +62,44 @@ def test_the_quick_modes_are_smaller_than_the_demo(bench):
     full, quick, smoke = (bench.settings(m, 'few logs', 0) for m in ('full', 'quick', 'smoke'))
     assert smoke.clone.steps < quick.clone.steps < full.clone.steps and quick.training.num_episodes < full.training.num_episodes
     assert full==bench.ImproveConfig() and bench.settings('full', 'plentiful logs', 0).logs==20_000
+
+# --- the engine beside TRL
+
+@pytest.fixture(scope='module')
+def engine():
+    if not all(map(importlib.util.find_spec, ('trl', 'datasets'))): lacking('trl is not here: `pip install -c constraints.txt trl` runs the bench beside it')
+    return load('engine')
+
+def test_the_engines_bench_runs_and_all_sides_do_the_same_work(engine, tmp_path):
+    "Tiny settings, in a process of its own; it stops by itself where the sides sample different numbers of tokens."
+    wanted = ['step 64+64', 'step 4 turns', 'training', 'rollout']
+    done = subprocess.run([sys.executable, engine.__file__, '--smoke', '--results', tmp_path, *(a for c in wanted for a in ('--case', c))], capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    assert not done.returncode, done.stderr[-3000:]
+    records = json.loads((tmp_path/'engine.json').read_text())
+    assert [r['case'] for r in records]==[k for k in engine.cases('smoke') if k.startswith(tuple(wanted))]
+    for r in records: assert {'case', 'ours', 'peer', 'unit', 'ratio', 'goal', 'met', 'spread', 'versions'} <= r.keys() and r['ratio'] > 0 and r['met']==(r['spread']['peer']['median']/r['spread']['ours']['median'] >= r['goal'])
+    apart = {r['case']: r.get('same_update', r.get('gradient_error')) for r in records}
+    assert all(v < 1e-4 for k,v in apart.items() if not k.startswith('rollout')), apart
+    page = (tmp_path/'engine.md').read_text()
+    assert '| case |' in page and (tmp_path/'engine.png').stat().st_size > 10_000
+
+def test_a_case_of_the_engine_replaces_its_old_figures_and_keeps_the_others(engine, tmp_path):
+    def line(case, ours, goal=3., mode='full'): return engine.record(case, {'ours': [ours]*3, 'peer': [2.]*3}, goal) | {'mode': mode}
+    engine.write([line('step 64+64, 0.66M', .5), line('rollout 4 turns, 0.66M', .5)], 'full', tmp_path)
+    both = engine.write([line('step 64+64, 0.66M', 1.)], 'full', tmp_path)
+    assert [(r['case'], r['ratio'], r['met']) for r in both]==[('step 64+64, 0.66M', 2., False), ('rollout 4 turns, 0.66M', 4., True)]
+    page = (tmp_path/'engine.md').read_text()
+    assert '**NOT met**' in page and 'falls short of the goal of 3x' in page
+    assert [r['case'] for r in engine.write([line('training 512+64, group 8, 0.66M', .5, mode='quick')], 'quick', tmp_path)]==['training 512+64, group 8, 0.66M'], 'results of another mode are not mixed in'
+
+def test_the_model_of_the_engines_bench_says_what_it_should(engine):
+    "A call of a given length, in another wording each time; and nothing that ends."
+    import torch
+    w = engine.Work((16, 1), P=2, G=2, prompt=232, length=10, turns=3)
+    ts = [t for g in engine.Ours(w).play() for t in g.trajectories]
+    assert all([hi-lo for lo,hi in t.segments[0].turn_spans]==[10]*3 and len(t.segments)==1 and len(t.segments[0].ids)==232+3*10+2*22 for t in ts)
+    said = [m.tool_calls[0].arguments for t in ts for m in t.messages if m.role=='assistant']
+    assert len(set(said)) > len(said)/2
+    tok = w.tokenizer()
+    with torch.no_grad(): p = engine.model_of((16, 1), tok)(input_ids=torch.randint(2000, (4, 50))).logits.softmax(-1)
+    assert p[..., tok.eos_token_id].max()==0
