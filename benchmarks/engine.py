@@ -623,7 +623,7 @@ def cases(mode: str, repeats: int | None = None) -> dict[str, Callable[[], dict]
     calls = replace(step, prompt=232, turns=3) if small else replace(step, prompt=246, length=65, turns=4)
     wait = calls if small else replace(calls, size=(32, 1), P=4, length=20)
     train = replace(step, prompt=64) if small else replace(step, P=4, prompt=512)
-    wide = replace(step, vocabulary=3000) if small else Work((64, 1), P=4, length=32, vocabulary=151_669)
+    wide = replace(step, vocabulary=3000) if small else Work((64, 1), P=2, length=32, vocabulary=151_669)
     large = {} if mode != 'full' else {
         'step 64+64, 3.67M': lambda: step_case('step 64+64, 3.67M', replace(step, size='3.67M'), n(7), 2., 2.4),
         'step 4 turns with tools, 3.67M': lambda: step_case('step 4 turns with tools, 3.67M', replace(calls, size='3.67M'), n(3), 2.7, 3.2),
