@@ -348,7 +348,8 @@ def pick_tokens(
     below = torch.nextafter(total, torch.zeros_like(total))  # a u that rounds to 1 must not land behind the last possible token
     drawn = torch.searchsorted(cdf, torch.minimum(u[:, None] * total, below), right=True).squeeze(-1).clamp(max=z.shape[-1] - 1)
     x = torch.where(greedy, logits.argmax(-1), drawn) if bool(greedy.any()) else drawn
-    return x, logp.gather(-1, x[:, None]).squeeze(-1), -(p * logp).nansum(-1)  # 0 x -inf, of a token left out, counts nothing
+    spread = p * logp
+    return x, logp.gather(-1, x[:, None]).squeeze(-1), -(spread.sum(-1) if top_k is None and top_p is None else spread.nansum(-1))  # 0 x -inf, of a token left out, counts nothing
 
 # %% ../nbs/01_policy.ipynb #2e7da9c1
 def _grown(buf: Tensor | None, like: Tensor, slots: int, columns: int) -> Tensor:

@@ -143,7 +143,7 @@ class TrainingConfig(Record):
     warmup_steps: int = 0             # updates over which the learning rate rises from zero
     weight_decay: float = 0.0         # of AdamW
     max_grad_norm: float = 1.0        # longer gradients are shortened to this
-    micro_batch_tokens: int = 8192    # tokens of one forward and backward pass, those in common counted once; 0 finds how many fit into memory_limit
+    micro_batch_tokens: int = 4096    # tokens of one forward and backward pass, those in common counted once; 0 finds how many fit into memory_limit
     memory_limit: float = 0.0         # GB for what a pass keeps for its way back; 0 takes half of what is free
     gradient_checkpointing: bool = False  # keep little for the way back and compute it again; then every row is read by itself
     bf16: bool = False                # compute the update in bfloat16 where that is safe; faster on GPUs and CPUs with AMX, not exact

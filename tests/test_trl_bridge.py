@@ -113,7 +113,7 @@ def test_every_setting_is_mapped_or_refused(trl, tmp_path, name, default):
         a, b = to_grpo_config(base, tmp_path), to_grpo_config(config, tmp_path)
         assert vars(a)[to] != vars(b)[to]
         moved = {k for k in vars(a) if vars(a)[k] != vars(b)[k] and isinstance(vars(a)[k], (int, float, str))} - {to, 'generation_batch_size', 'steps_per_generation', 'run_name'}
-        also = {'gradient_checkpointing': {'activation_checkpointing'}, 'bf16': {'use_cpu'}, 'num_iterations': {'max_steps', 'save_steps', 'ref_model_sync_steps'}, 'num_episodes': {'save_steps'}, 'warmup_steps': {'lr_scheduler_type'}, 'num_generations': {'per_device_train_batch_size'}}
+        also = {'gradient_checkpointing': {'activation_checkpointing'}, 'bf16': {'use_cpu', 'mixed_precision', 'dataloader_pin_memory'}, 'num_iterations': {'max_steps', 'save_steps', 'ref_model_sync_steps'}, 'num_episodes': {'save_steps'}, 'warmup_steps': {'lr_scheduler_type'}, 'num_generations': {'per_device_train_batch_size'}}
         assert moved <= also.get(name, set()), f'{name} also changes {moved}'
         if name not in ('num_episodes', 'prompts_per_step', 'max_turns', 'scale_rewards'): assert vars(b)[to] == changed(name, default)[name]
     else: assert name in ('rollout_limit', 'max_total_tokens')   # kept by our rollouts
