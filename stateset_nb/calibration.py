@@ -50,7 +50,7 @@ def _finite(values: Iterable[float], what: str = 'rewards') -> list[float]:
     "The values as floats; raises `DataError` at the first that is none."
     res = list(values)
     for i, v in enumerate(res):
-        if not isinstance(v, numbers.Real) or not abs(v) <= 1e100: raise DataError(f'{what}[{i}]={v} — expected a finite number (up to 1e100) — find the division or the logarithm behind it')
+        if not isinstance(v, numbers.Real) or not abs(float(v)) <= 1e100: raise DataError(f'{what}[{i}]={v} — expected a finite number (up to 1e100) — find the division or the logarithm behind it')
     return [float(v) for v in res]
 
 # %% ../nbs/23_calibration.ipynb #362b18d4

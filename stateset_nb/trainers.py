@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .core import BackendError, ConfigError, DataError, NotTrained, Record, Scenario, Segment, StateSetError, Trajectory, TrajectoryGroup, check_keys, progress_bar, run_sync, stream, write_text
 from .policy import SCHEDULING, Policy, check_head, gathered, load_policy, new_folder, pad_rows, save_policy, sequence_logps, shard, shared_prefix, states_before
-from .agents import Agent, PolicyBackend
+from .agents import Agent, PolicyBackend, Sampler
 from .rewards import CompositeReward, RewardFunction
 from .environments import ConversationEnvironment, Environment, rollouts
 from .grpo import (KL_KINDS, LOSS_TYPES, SAMPLER_MODES, SCALES, adapt_beta, agreeing_groups, anchor_advantages, gae_advantages, gdpo_advantages, group_advantages, grpo_loss, kept_groups,
@@ -932,14 +932,17 @@ class _Rounds(_Resumable):
     "One round of a trainer: play, learn, evaluate, record."
     environment: Environment; reward_fn: RewardFunction | None; scenarios: list[Scenario]; run: TrainingRun
     evaluate: Callable[[Agent], Awaitable[dict[str, float]]] | None; callbacks: list[TrainerCallback]
+    sampler: Sampler | None; sync: Callable[[Policy], Awaitable[None]] | None
     single_turn = False
 
     async def _batch(self, scenarios: list[Scenario], *address: Any) -> list[TrajectoryGroup]:
         "Episodes of some scenarios; the address names their random streams."
         c, ours = self.settings, self.processes
         mine = scenarios[ours.rank::ours.world]
+        player = _player(self.agent, c)
+        if self.sampler is not None: player = Agent(player.config, PolicyBackend(self.sampler))
         with gathered(self.agent.policy):
-            groups = await rollouts(_player(self.agent, c), self.environment, mine, c.num_generations, stream(c.seed, 'step', self.step, *address),
+            groups = await rollouts(player, self.environment, mine, c.num_generations, stream(c.seed, 'step', self.step, *address),
                                     self.reward_fn, c.rollout_limit, max_turns=1 if self.single_turn else c.max_turns, max_total_tokens=c.max_total_tokens) if mine else []
         if ours.world > 1:
             everyone = ours.gather([g.to_dict() for g in groups])
@@ -965,23 +968,33 @@ class _Rounds(_Resumable):
         groups = await self.play()
         kept = _kept(groups, c)
         times.append(time.perf_counter())
-        if not c.micro_batch_tokens:
-            rows = [r for r in make_rows(kept, replace(c, turn_credit='outcome')) if any(r.mask)]
-            if rows: c = self.settings = replace(c, micro_batch_tokens=min(self.processes.gather(fitting_tokens(policy, rows, c))), memory_limit=0.)
+        if not c.micro_batch_tokens: c = self._fit(policy, kept)
         said = np.sum(self.processes.gather((engine.entropy - entropy, engine.drawn - drawn)), 0)
-        metrics = play_metrics(groups, c) | {'entropy': said[0] / max(said[1], 1)} | learn(policy, self.reference, self.optimizer, kept, c, self.step, self.head, self.processes)
+        metrics = play_metrics(groups, c) | ({'entropy': float(said[0] / said[1])} if said[1] else {}) | learn(policy, self.reference, self.optimizer, kept, c, self.step, self.head, self.processes)
+        if self.sync is not None: await self.sync(policy)
         times.append(time.perf_counter())
         metrics |= {'learning_rate': learning_rate_at(self.step, c), 'time/rollout': times[1] - times[0], 'time/update': times[2] - times[1]} | {f'knobs/{k}': v for k, v in turned.items()}
         if c.filter_groups: metrics |= {'dynamic_sampling/played': float(len(groups)), 'dynamic_sampling/kept': float(len(kept))}
         if c.kl_target: metrics |= self._steer(metrics)
         self.step += 1
         if c.sync_ref_model and self.step % c.ref_model_sync_steps == 0: self._follow(policy)
-        if self.evaluate is not None and c.eval_steps and self.step % c.eval_steps == 0:
-            with gathered(policy): found = await self.evaluate(self.agent) if self.processes.first else {}
-            metrics |= {f'eval/{k}': v for k, v in self.processes.gather(found)[0].items()}
+        if c.eval_steps and self.step % c.eval_steps == 0: metrics |= await self._ask(policy)
         self.metric = _judged(metrics, self.step, c)
         self._record(metrics, groups)
         return metrics
+
+    def _fit(self, policy: Policy, groups: Sequence[TrajectoryGroup]) -> TrainingConfig:
+        "Find how many tokens a micro-batch may have; all processes take the least that any of them found."
+        c = self.settings
+        rows = [r for r in make_rows(groups, replace(c, turn_credit='outcome')) if any(r.mask)]
+        if rows: self.settings = replace(c, micro_batch_tokens=min(self.processes.gather(fitting_tokens(policy, rows, c))), memory_limit=0.)
+        return self.settings
+
+    async def _ask(self, policy: Policy) -> dict[str, float]:
+        "What `evaluate` says; the first process asks for all."
+        if self.evaluate is None: return {}
+        with gathered(policy): found = await self.evaluate(self.agent) if self.processes.first else {}
+        return {f'eval/{k}': v for k, v in self.processes.gather(found)[0].items()}
 
     @torch.no_grad()
     def _follow(self, policy: Policy) -> None:
@@ -1031,10 +1044,14 @@ class MultiTurnGRPOTrainer(_Rounds):
         callbacks: Sequence[TrainerCallback] = (),    # told after each round
         run: TrainingRun | None = None,               # to pause, stop and turn knobs
         output_dir: str | os.PathLike[str] | None = None,  # where metrics, trajectories and checkpoints go; nowhere unless given
+        sampler: Sampler | None = None,               # who samples in the policy's place, e.g. a `ServerPolicy`
+        sync: Callable[[Policy], Awaitable[None]] | None = None,  # brings the sampler's weights up to date; called before the first round and after each update
     ) -> None:
+        if (sampler is None) != (sync is None): raise ConfigError('sampler and sync go together — a sampler with old weights would play another policy — give both, or neither')
         self.agent, self.environment, self.reward_fn, self.config = agent, environment, reward_fn, config or TrainingConfig()
         self.scenarios = list(scenarios) if scenarios is not None else list(environment.scenarios) if isinstance(environment, ConversationEnvironment) else []
         if not self.scenarios: raise ConfigError('no scenarios to train on — give scenarios=[...], or an environment that has some')
+        self.sampler, self.sync = sampler, sync
         self.evaluate, self.callbacks, self.run = evaluate, list(callbacks), run or TrainingRun()
         self.run.knobs = self.run.knobs | _knob_rules(self.config)
         if isinstance(reward_fn, CompositeReward) and reward_fn.gates and self.config.multi_objective_aggregation == 'normalize_then_sum':
@@ -1049,6 +1066,7 @@ class MultiTurnGRPOTrainer(_Rounds):
         assert self.policy is not None
         if self.log is not None and self.processes.first: self.log.begin(self.step)
         if self.run.state in ('ready', 'done'): self.run.start()
+        if self.sync is not None: await self.sync(self.policy)
         while self.step < self.config.num_episodes:
             turned, state = self.processes.gather((await self.run.gate(), self.run.state))[0]   # the first one's run decides
             if state == 'stopped':

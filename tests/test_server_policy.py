@@ -388,3 +388,33 @@ def test_seeds_of_siblings_are_those_of_a_local_policy(server):
     soon(used(p, p.sample(ask(server.policy), SamplingParams(4, seed=9), n=3)))
     assert sorted(b['seed'] for b in server.asked) == sorted(stream(9, i) for i in range(3))
     assert replace(SamplingParams(seed=9), seed=stream(9, 0)).seed < 2**63
+
+def test_a_trainer_plays_on_the_server(server, policy, tmp_path):
+    "The same episodes and the same weights as when the policy samples for itself; its weights reach the server after each update."
+    from stateset_nb.policy import load_policy, save_policy
+    from stateset_nb.rewards import reward_function
+    from stateset_nb.trainers import MultiTurnGRPOTrainer, TrainingConfig
+    config = TrainingConfig(num_episodes=2, prompts_per_step=2, num_generations=3, max_completion_length=12, max_turns=2, learning_rate=1e-3, vllm_importance_sampling_correction=True)
+    start = save_policy(policy, tmp_path / 'start')
+    def trainer(**kw): return MultiTurnGRPOTrainer(Agent(AgentConfig('desk'), PolicyBackend(load_policy(start))), SupportDesk(), reward_function(lambda turns: len(turns[-1].text) % 3 / 2), config, scenarios=desk_scenarios(4, 0), **kw)
+    async def by_server():
+        there = served(server)
+        versions = []
+        async def sync(p):
+            server.policy.model.load_state_dict(p.model.state_dict())
+            server.policy.updated(); there.updated()
+            versions.append(there.version)
+        t = trainer(sampler=there, sync=sync)
+        log = await used(there, rounds(t))
+        return log, t.policy, versions
+    async def rounds(t): return [m async for m in t.steps()]
+    before = {k: v.clone() for k, v in policy.model.state_dict().items()}
+    try:
+        (log, there, versions), here = soon(by_server()), trainer()
+        plain = soon(rounds(here))
+    finally: policy.model.load_state_dict(before); policy.updated()
+    assert versions == [1, 2, 3] and [m['reward'] for m in log] == [m['reward'] for m in plain] and 'entropy' not in log[0]
+    assert log[1]['sampling/sampling_logp_difference/mean'] < 1e-4, 'the server plays with the new weights'
+    moved = max((a - before[k]).abs().max() for k, a in here.policy.model.state_dict().items())
+    assert all(torch.allclose(a, b, atol=1e-3 * float(moved)) for a, b in zip(there.model.state_dict().values(), here.policy.model.state_dict().values()))
+    with pytest.raises(ConfigError, match='go together'): trainer(sampler=server)
