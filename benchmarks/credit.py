@@ -24,7 +24,7 @@ from stateset_nb.policy import load_policy, save_policy, tiny_policy
 from stateset_nb.trainers import MultiTurnGRPOTrainer
 
 HERE = Path(__file__).parent
-CREDITS = {'outcome': {}, 'turn': {}, 'turn, 0.95 a turn': {'turn_credit': 'turn', 'gamma': .95}, 'gae': {}}
+CREDITS = {'outcome': {}, 'turn': {}, 'turn, 0.95 a turn': {'turn_credit': 'turn', 'gamma': .95}, 'anchor': {'gamma': .95}, 'gae': {}}
 
 def settings(smoke: bool, seed: int) -> ImproveConfig: return support_desk.settings('smoke' if smoke else 'full', 'few logs', seed)
 
