@@ -1,15 +1,16 @@
 """Attempts to break training: knobs that do nothing, gradients that depend on how they were cut, runs that end otherwise after a kill."""
-import asyncio, json, math, os, random, re, signal, threading, time
+import asyncio, copy, json, math, os, random, re, signal, threading, time
 from dataclasses import fields, replace
 from pathlib import Path
-import pytest, torch
+import numpy as np, pytest, torch
 from stateset_nb.agents import Agent, AgentConfig, PolicyBackend
 from stateset_nb.core import ConfigError, DataError, Message, NotTrained, Scenario, Segment, StateSetError, Trajectory, TrajectoryGroup
 from stateset_nb.environments import ConversationEnvironment, ScriptedUser, support_desk_logs
-from stateset_nb.policy import TinyConfig, load_policy, save_policy, tiny_policy
+from stateset_nb.grpo import LOSS_TYPES, grpo_loss
+from stateset_nb.policy import CompactFormat, Policy, TinyConfig, load_policy, make_tokenizer, pad_rows, save_policy, tiny_policy
 from stateset_nb import trainers
 from stateset_nb.rewards import RewardFunction, RewardResult
-from stateset_nb.trainers import (MultiTurnGRPOTrainer, RunLog, SingleTurnGRPOTrainer, TrainingConfig, TrainingProfile, TrainingRun, ValueHead, backward, best_checkpoint, credit, last_checkpoint, learn, learning_rate_at, make_rows,
+from stateset_nb.trainers import (MultiTurnGRPOTrainer, Row, RunLog, SingleTurnGRPOTrainer, TrainingConfig, TrainingProfile, TrainingRun, ValueHead, backward, best_checkpoint, credit, last_checkpoint, learn, learning_rate_at, make_rows,
                                   micro_batches, pick_scenarios, turn_features)
 
 def soon(awaitable, seconds=120):
@@ -155,6 +156,49 @@ def test_the_gradient_does_not_depend_on_how_it_was_cut(start, round_, config):
     config = replace(config, micro_batch_tokens=10**6)
     whole = gradient(start, round_, config, old=True)
     for n in (1, 100, 400): check_close(gradient(start, round_, replace(config, micro_batch_tokens=n), old=True), whole, 1e-6)
+
+TK = make_tokenizer(['Where is order #4712? It is on its way.'])
+
+def a_model(name):
+    import transformers as tf
+    torch.manual_seed(0)
+    c = dict(vocab_size=len(TK), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, bos_token_id=None, eos_token_id=1, pad_token_id=0)
+    m = {'llama': lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**c)), 'qwen3': lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**c, head_dim=8)), 'gpt2': lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=len(TK), n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=None, eos_token_id=1))}[name]()
+    return m.double()
+
+@pytest.mark.parametrize('name', ['llama', 'qwen3', 'gpt2'])
+@pytest.mark.parametrize('kw', [dict(loss_type=k, epsilon_high=5. if k == 'cispo' else .28) for k in LOSS_TYPES] + [dict(loss_type='grpo', importance_sampling_level='sequence'), dict(beta=.1), dict(entropy_coef=.05)], ids=lambda kw: '-'.join(map(str, kw.values())))
+def test_every_model_learns_by_the_gradient_of_plain_rows(name, kw):
+    "A tree of siblings in micro-batches of any size, against one padded pass of the Hugging Face model; dropout (GPT-2 has some) stays off."
+    config = replace(BASE, num_iterations=2, **kw)
+    policy, rng = Policy(a_model(name), TK, CompactFormat(TK)), np.random.default_rng(0)
+    rows = []
+    for _ in range(2):
+        prompt = rng.integers(5, len(TK), 80).tolist()
+        for g in range(4):
+            n = int(rng.integers(5, 30))
+            mask = [0] * 80 + rng.integers(0, 2, n - 1).tolist() + [1]
+            rows.append(Row((*prompt, *rng.integers(5, len(TK), n).tolist()), tuple(mask), (0.,) * (80 + n), tuple(float(m) * (g - 1.5) for m in mask)))
+    old = {id(r): torch.from_numpy(rng.normal(-5.7, .3, len(r.ids))) for r in rows}
+    n = sum(sum(r.mask) for r in rows)
+    ref = Policy(copy.deepcopy(policy.model), TK, CompactFormat(TK)) if config.beta else None
+    def grads(): return torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+    def tree(size):
+        policy.model.zero_grad()
+        for b in micro_batches(rows, size): backward(policy, b, [old[id(r)] for r in b], ref, config, len(rows), n)
+        return grads()
+    def plain():
+        policy.model.zero_grad()
+        ids, mask, adv = pad_rows([r.ids for r in rows]), pad_rows([r.mask for r in rows]), pad_rows([r.advantages for r in rows], dtype=torch.float64)
+        z = policy.model(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+        lp = torch.cat([torch.zeros(len(ids), 1), z.gather(-1, ids[:, 1:, None]).squeeze(-1)], 1)
+        h = torch.cat([torch.zeros(len(ids), 1), -(z.exp() * z).sum(-1)], 1)
+        if config.importance_sampling_level == 'sequence': adv = adv.sum(-1) / mask.sum(-1)
+        loss, _ = grpo_loss(lp, torch.nn.utils.rnn.pad_sequence([old[id(r)] for r in rows], batch_first=True), lp.detach() if ref else None, adv, mask, n_sequences=len(rows), n_tokens=n, entropy=h if config.entropy_coef else None, **trainers._loss_settings(config))
+        loss.backward()
+        return grads()
+    whole = plain()
+    for size in (10**6, *([] if config.loss_type == 'bnpo' else (300, 1))): check_close(tree(size), whole, 1e-6)
 
 def test_rows_without_an_advantage_teach_nothing(start, round_):
     flat = [replace(g, trajectories=tuple(replace(t, turn_rewards=(.5,) + (0.,) * (len(t.turn_rewards) - 1)) for t in g.trajectories)) if i % 2 else g for i, g in enumerate(round_)]
