@@ -1192,7 +1192,7 @@ def _load_model(where: str, revision: str | None, dtype: str, quantization: str 
 # %% ../nbs/01_policy.ipynb #ce99b50a
 def load_policy(
     name_or_path: str | os.PathLike[str],  # a folder, or a model's name on the Hugging Face hub
-    device: str | None = None,             # 'cuda' where there is one, unless given
+    device: str | None = None,             # 'cuda' where there is one, unless given; of several processes each takes its own
     dtype: str = 'auto',                   # of the weights, e.g. 'float32'; 'auto' takes the checkpoint's
     revision: str | None = None,           # of a model on the hub
     quantization: str | None = None,       # '4bit' (NF4, QLoRA arXiv 2305.14314) or '8bit' by bitsandbytes: the base of an adapter, see `add_lora`
@@ -1204,7 +1204,7 @@ def load_policy(
     tokenizer, model = _load_model(about.get('base', where), revision, dtype, quantization)
     adapter = require('peft', 'trl').PeftModel.from_pretrained(model, where, is_trainable=True) if 'base' in about else None
     if about.get('format', 'TemplateFormat') not in ('CompactFormat', 'TemplateFormat'): raise BackendError(f'{where} was saved with the format {about["format"]} — only CompactFormat and TemplateFormat are known here — load the model, and give your format to Policy')
-    where_to: Any = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    where_to: Any = torch.device(device or (f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if torch.cuda.is_available() else 'cpu'))
     policy = Policy(model if quantization else model.to(where_to), tokenizer,
                     CompactFormat(tokenizer) if about.get('format') == 'CompactFormat' else None, about.get('name', where))
     policy.version, policy.adapter = about.get('version', 0), adapter
