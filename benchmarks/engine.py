@@ -679,7 +679,8 @@ def markdown(records: Sequence[dict], mode: str) -> str:
     rows = [[r['case'], against(r['case']), times(r, 'ours'), times(r, 'peer'), times(r, 'bare'), r['unit'], f'{r["ratio"]:.2f}', number(r['goal']), number(r['aim']) if r.get('aim') else '-', {True: 'met', False: '**NOT met**', None: ''}[r['met']]]
             for r in records if r['ratio'] is not None]
     curves = [[r['case'], *(r['exponents'][k] for k in ('seconds', 'play', 'learn', 'memory')), '; '.join(f'{p["at"]}: {number(p["seconds"]["median"])} s, {p["peak_mb"] - p["base_mb"]:.0f} MB' for p in r['points'])] for r in records if r['ratio'] is None]
-    made = sorted({f'{r["machine"]["date"]}: {r["machine"]["cpu"]}, {r["machine"]["cores"]} cores, {r["machine"]["threads"]} thread{"s" * (r["machine"]["threads"] > 1)}, load {r["machine"]["load"]} at the end of a case; ' + ', '.join(f'{k} {v}' for k, v in r['versions'].items()) for r in records})
+    loads = [r['machine']['load'] for r in records]
+    made = sorted({f'{r["machine"]["date"]}: {r["machine"]["cpu"]}, {r["machine"]["cores"]} cores, {r["machine"]["threads"]} thread{"s" * (r["machine"]["threads"] > 1)}, load at the end of a case {min(loads)} to {max(loads)}; ' + ', '.join(f'{k} {v}' for k, v in r['versions'].items()) for r in records})
     return '\n\n'.join(['# The engine beside TRL', *([f'*{small}: these are not the figures of the full bench.*'] if small else []),
         'Medians of rounds taken in turn (quartiles, least). *Bare* is the same round as plain code over the same model, with no framework: prompts read once, flat keys and values, a shared prefix in training. '
         '*Aim* is what such a loop once reached against TRL on another machine.', '![Ratios with goals, and growth](engine.png)',
