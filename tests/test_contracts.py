@@ -117,7 +117,7 @@ def trainer(out=None, **kw):
 
 def test_a_stored_checkpoint_still_loads(tmp_path):
     shutil.copytree(GOLDEN/'checkpoint-1', tmp_path/'checkpoint-1')
-    t = trainer(tmp_path, num_episodes=3)
+    t = trainer(tmp_path, num_episodes=3, micro_batch_tokens=8192)  # the default when it was written; a run goes on with its own settings
     async def go():
         await t.load_checkpoint(tmp_path/'checkpoint-1')
         was = [p.clone() for p in t.policy.model.parameters()]
