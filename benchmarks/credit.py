@@ -32,7 +32,7 @@ async def practise(c: ImproveConfig, start: Path, credit: str) -> dict:
     "One run of practice: success of each round, and on held-out scenarios."
     policy = load_policy(start, 'cpu')
     config = replace(c.training, seed=c.seed, save_steps=0, **{'turn_credit': credit} | CREDITS[credit])
-    train = desk_scenarios(c.practice, c.seed)
+    train = desk_scenarios(c.practice, stream(c.seed, 'practice'))  # the demo's
     trainer = MultiTurnGRPOTrainer(Agent(AgentConfig('tiny'), PolicyBackend(policy)), SupportDesk(), None, config, scenarios=train)
     began = time.process_time()
     log = [m async for m in trainer.steps()]
