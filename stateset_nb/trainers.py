@@ -4,10 +4,10 @@
 
 # %% ../nbs/32_trainers.ipynb #0497fb08
 from __future__ import annotations
-import asyncio, copy, html, json, math, os, re, shutil, threading, time, warnings
+import asyncio, atexit, copy, html, json, math, os, re, shutil, threading, time, warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
@@ -572,6 +572,11 @@ class TrainerCallback(Protocol):
         ...
 
 # %% ../nbs/32_trainers.ipynb #baf9d20d
+@lru_cache
+def _leave_in_order() -> None:
+    "Have the process group taken apart before the interpreter is: its threads would not outlive that."
+    atexit.register(lambda: torch.distributed.destroy_process_group() if torch.distributed.is_initialized() else None)
+
 class Processes:
     "The processes of a run, through accelerate; one alone where there are no others."
     def __init__(self) -> None:
@@ -580,6 +585,7 @@ class Processes:
             from accelerate import PartialState
             state = PartialState(cpu=not torch.cuda.is_available())
             self.rank, self.world = state.process_index, state.num_processes
+            _leave_in_order()
 
     @property
     def first(self) -> bool:
