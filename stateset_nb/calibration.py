@@ -325,7 +325,22 @@ class RewardScale(Protocol):
         ...
 
 # %% ../nbs/23_calibration.ipynb #aae60a36
-class CalibratedRewardFunction(RewardFunction):
+class _RoundByRound(RewardFunction):
+    "A reward that learns between rounds: a trainer that has it among its callbacks says when."
+    @abstractmethod
+    def update(self) -> None:
+        "A batch of groups is complete."
+
+    def on_log(
+        self,
+        step: int,                  # the round
+        metrics: dict[str, float],  # what it said
+    ) -> None:
+        "A trainer's round is over."
+        self.update()
+
+# %% ../nbs/23_calibration.ipynb #bb764985
+class CalibratedRewardFunction(_RoundByRound):
     "A reward on another scale: `score` stays as it is, `reward` is calibrated; both scales are logged."
     def __init__(
         self,
@@ -363,14 +378,6 @@ class CalibratedRewardFunction(RewardFunction):
         values, self._pending = self._pending, []
         if values and self.auto_calibrate: self.normalizer.update(values)
         if values and self.alarm is not None: self.alarm.update(values)
-
-    def on_log(
-        self,
-        step: int,                  # the round
-        metrics: dict[str, float],  # what it said
-    ) -> None:
-        "A trainer's round is over."
-        self.update()
 
 # %% ../nbs/23_calibration.ipynb #f20c09bd
 def _calibrated(name: str, r: RewardResult, value: float, notes: dict[str, bool]) -> RewardResult:
@@ -483,7 +490,7 @@ def _named_weights(names: Sequence[str], weights: Any, allow_negative: bool) -> 
     return {n: float(weights[n]) / total for n in names}
 
 # %% ../nbs/23_calibration.ipynb #2d313c2c
-class CalibratedSum(RewardFunction):
+class CalibratedSum(_RoundByRound):
     "The weighted sum of calibrated rewards, with every part's score, raw and calibrated value in its components."
     def __init__(
         self,
@@ -522,14 +529,6 @@ class CalibratedSum(RewardFunction):
     def update(self) -> None:
         "A batch of groups is complete."
         for r in self.rewards: r.update()
-
-    def on_log(
-        self,
-        step: int,                  # the round
-        metrics: dict[str, float],  # what it said
-    ) -> None:
-        "A trainer's round is over."
-        self.update()
 
 # %% ../nbs/23_calibration.ipynb #07416a39
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What tests of the whole house share."""
 import base64, functools, hashlib, http.server, multiprocessing, os, shutil, subprocess, tarfile, tempfile, threading, time
 from pathlib import Path
-import pytest
+import pytest, torch
 from hypothesis import settings
 
 ROOT = Path(__file__).parent.parent
@@ -15,6 +15,15 @@ settings.load_profile('house')
 def lacking(line):
     "Skip a test with a line that says why; under CI, where nothing may be lacking, fail it."
     (pytest.fail if os.environ.get('CI')=='true' else pytest.skip)(line)
+
+class Recorder(torch.optim.SGD):
+    "Plain gradient descent that keeps each gradient."
+    def __init__(self, model, lr):
+        self.model, self.grads = model, []
+        super().__init__(model.parameters(), lr)
+    def step(self, closure=None):
+        self.grads.append(torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in self.model.parameters()]).clone())
+        return super().step()
 
 @pytest.fixture(scope='session')
 def need():

@@ -2,7 +2,7 @@
 import asyncio, copy, functools, gc, os, pickle, subprocess, sys, threading
 from dataclasses import replace
 import pytest, torch
-from conftest import ROOT, lacking
+from conftest import ROOT, Recorder, lacking
 from stateset_nb.agents import Agent, AgentConfig, PolicyBackend
 from stateset_nb.core import ConfigError, Conversation, DataError, Message, MissingDependency, Scenario, StateSetError
 from stateset_nb.environments import ConversationEnvironment, ScriptedUser, SupportDesk, desk_scenarios, support_desk_logs
@@ -48,15 +48,6 @@ def talk(n=2, lines=('Really ?',), **kw): return ConversationEnvironment([Scenar
 def odd(turns): return sum(len(m.text) % 2 for m in turns if m.role == 'assistant') / 4
 
 SMALL = TrainingConfig(num_episodes=1, prompts_per_step=2, num_generations=4, max_completion_length=6, learning_rate=1e-2, max_grad_norm=1e9)
-
-class Recorder(torch.optim.SGD):
-    "Plain gradient descent that keeps each gradient."
-    def __init__(self, model, lr):
-        self.model, self.grads = model, []
-        super().__init__(model.parameters(), lr)
-    def step(self, closure=None):
-        self.grads.append(torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in self.model.parameters()]).clone())
-        return super().step()
 
 class Book:
     def __init__(self): self.rows = []

@@ -4,7 +4,7 @@ from collections import defaultdict
 from dataclasses import replace
 from types import SimpleNamespace
 import pytest, torch
-from conftest import lacking
+from conftest import Recorder, lacking
 from stateset_nb.core import Segment, Trajectory, TrajectoryGroup
 from stateset_nb.grpo import (LOSS_TYPES, SAMPLER_MODES, SCALES, agreeing_groups, gdpo_advantages, group_advantages, grpo_loss, kl_estimate, kl_penalty, mean_metrics, sampler_metrics, sampler_weights,
                               soft_overlong_punishment)
@@ -349,16 +349,6 @@ def episodes(trl, groups=GROUPS, failed=(), cut_off=()):
             ts.append(Trajectory(f'{p}/{i}', str(p), i, segments=(seg,), turn_rewards=turn_rewards, truncated=(p, i) in cut_off, error='lost' if (p, i) in failed else None))
         res.append(TrajectoryGroup(str(p), tuple(ts)))
     return res
-
-
-class Recorder(torch.optim.SGD):
-    "Plain gradient descent that keeps each gradient."
-    def __init__(self, model, lr):
-        self.model, self.grads = model, []
-        super().__init__(model.parameters(), lr)
-    def step(self, closure=None):
-        self.grads.append(torch.cat([p.grad.flatten() for p in self.model.parameters()]).clone())
-        return super().step()
 
 
 def their_run(trl, model, groups, micro, lr, rewards=None, **settings):
