@@ -325,13 +325,15 @@ R = TypeVar('R', Row, Segment)
 def micro_batches(
     rows: Sequence[R],  # rows, or segments, in any order
     max_tokens: int,    # tokens of a batch, those in common counted once; a longer row stands alone
-) -> list[list[R]]:     # rows that begin alike together
+) -> list[list[R]]:     # rows that begin alike together; others join only while a batch is less than a quarter full, which bounds memory and costs no time
     "Rows cut into batches that share what they can."
     res: list[list[R]] = []
     room = 0
     for r in sorted(rows, key=lambda r: r.ids):
-        room -= len(r.ids) - (shared_prefix(res[-1][-1].ids, r.ids) if res else 0)
-        if not res or room < 0: res.append([]); room = max_tokens - len(r.ids)
+        common = shared_prefix(res[-1][-1].ids, r.ids) if res else 0
+        full = 4 * room <= 3 * max_tokens and 2 * common < len(r.ids)
+        room -= len(r.ids) - common
+        if not res or room < 0 or full: res.append([]); room = max_tokens - len(r.ids)
         res[-1].append(r)
     return res
 
@@ -1021,7 +1023,11 @@ class _Rounds(_Resumable):
         if self.processes.first: self.log.write(self.step, metrics, groups)
         if self.step == self.config.num_episodes or (self.config.save_steps and self.step % self.config.save_steps == 0):
             self.save_checkpoint(self.log.folder / f'checkpoint-{self.step}')
-            if self.processes.first: self.log.prune(self.config.save_total_limit, best_checkpoint(self.log.folder) if self.config.metric_for_best_model else None)
+            self._prune()
+
+    def _prune(self) -> None:
+        "Remove old checkpoints."
+        if self.log is not None and self.processes.first: self.log.prune(self.config.save_total_limit, best_checkpoint(self.log.folder) if self.config.metric_for_best_model else None)
 
 # %% ../nbs/32_trainers.ipynb #01698ece
 def _knob_rules(c: TrainingConfig) -> dict[str, _Rule]:
@@ -1071,6 +1077,7 @@ class MultiTurnGRPOTrainer(_Rounds):
         if self.policy is None: await self.initialize()
         assert self.policy is not None
         if self.log is not None and self.processes.first: self.log.begin(self.step)
+        self._prune()  # a killed run may have left one too many
         if self.run.state in ('ready', 'done'): self.run.start()
         if self.sync is not None: await self.sync(self.policy)
         while self.step < self.config.num_episodes:
