@@ -207,7 +207,8 @@ async def _add_reward(reward_fn: RewardFunction, talk: list[Message], context: E
     r = await reward_fn.compute_reward(talk, context)
     said = r.metadata.get('weights')
     weights = said if isinstance(said, dict) else {}
-    made_of = {'environment': [math.fsum(rewards), 1.]} | {k: [v, weights.get(k, 1.)] for k, v in (r.components or {reward_fn.name: r.reward}).items()}
+    parts = r.metadata.get('made_of') or {k: [v, weights.get(k, 1.)] for k, v in (r.components or {reward_fn.name: r.reward}).items()}
+    made_of = {'environment': [math.fsum(rewards), 1.]} | parts
     rewards[-1] += r.reward if r.reward is not None else r.score
     return {**r.components, reward_fn.name: r.score}, made_of
 

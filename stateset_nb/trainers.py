@@ -249,17 +249,17 @@ def _left_out(t: Trajectory, c: TrainingConfig) -> bool:
     return t.error is not None or (t.truncated and c.mask_truncated_completions and not c.truncated_in_baseline)
 
 # %% ../nbs/32_trainers.ipynb #d7e6f117
-def _parts(t: Trajectory, c: TrainingConfig) -> dict[str, tuple[float, float]]:
-    "What an episode's reward is made of: name -> (value, weight)."
-    parts = {k: (v, w) for k, (v, w) in t.info['rewards'].items()} if 'rewards' in t.info else {k: (v, 1.) for k, v in (t.components or {'reward': t.reward}).items()}
-    return parts | ({'overlong': (_overlong(t, c), 1.)} if c.soft_punish_cache else {})
+def _parts(t: Trajectory, c: TrainingConfig) -> dict[str, tuple[float, float, float]]:
+    "What an episode's reward is made of: name -> (value, weight, spread that is noise)."
+    parts = {k: (v, w, *(floor or [0.])) for k, (v, w, *floor) in t.info['rewards'].items()} if 'rewards' in t.info else {k: (v, 1., 0.) for k, v in (t.components or {'reward': t.reward}).items()}
+    return parts | ({'overlong': (_overlong(t, c), 1., 0.)} if c.soft_punish_cache else {})
 
 def _part_advantages(groups: Sequence[TrajectoryGroup], c: TrainingConfig) -> Tensor:
     "The advantage [P, G] of each episode, its parts compared one by one."
     parts = [[{} if _left_out(t, c) else _parts(t, c) for t in g.trajectories] for g in groups]
-    weights = {k: w for row in parts for p in row for k, (_, w) in p.items()}
-    names = sorted(weights) or ['reward']   # where nobody is left
-    return gdpo_advantages(torch.tensor([[[p[k][0] if k in p else math.nan for k in names] for p in row] for row in parts], dtype=torch.float64), [weights.get(k, 1.) for k in names])
+    told = {k: (w, floor) for row in parts for p in row for k, (_, w, floor) in p.items()} or {'reward': (1., 0.)}   # where nobody is left
+    weights, floors = zip(*(told[k] for k in sorted(told)))
+    return gdpo_advantages(torch.tensor([[[p[k][0] if k in p else math.nan for k in sorted(told)] for p in row] for row in parts], dtype=torch.float64), weights, floors)
 
 # %% ../nbs/32_trainers.ipynb #0ca4d6be
 def _states(t: Trajectory) -> list[str]:
