@@ -4,12 +4,14 @@
 
 # %% ../nbs/02_agents.ipynb #76211f4c
 from __future__ import annotations
-import asyncio, inspect, json, os
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any, ClassVar, Protocol
+import asyncio, inspect, json, logging, math, os, random, sys, threading, time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field, replace
+from email.utils import parsedate_to_datetime
+from functools import lru_cache, wraps
+from typing import Any, ClassVar, ParamSpec, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from .core import BackendError, ConfigError, DataError, Message, Record, SampledTokens, ToolCall, as_messages, gather, require, stream
@@ -17,7 +19,9 @@ from .policy import ChatFormat, ContextFull, Key, Policy, Sampled, SamplingParam
 
 # %% auto #0
 __all__ = ['Tool', 'call_tool', 'Reply', 'Backend', 'Sampler', 'PolicyBackend', 'StubBackend', 'AgentConfig', 'Agent',
-           'ServerPolicy', 'MultiTurnAgent', 'ToolAgent']
+           'ProviderError', 'worth_retrying', 'RetryWithBackoff', 'CircuitOpen', 'BudgetExceeded', 'CircuitBreaker',
+           'Budget', 'Hold', 'ServerPolicy', 'Answer', 'Provider', 'OpenAIBackend', 'AnthropicBackend',
+           'FallbackBackend', 'MultiTurnAgent', 'ToolAgent']
 
 # %% ../nbs/02_agents.ipynb #24e03b12
 def _parameters(model: Any) -> dict[str, Any]:
@@ -95,6 +99,7 @@ class Reply(Record):
     logps: tuple[float, ...] = ()      # log-probability of each, nats
     finish_reason: str = 'stop'        # 'stop', or 'length' when it was cut
     policy_version: int = 0            # which weights
+    metadata: dict[str, Any] = field(default_factory=dict, hash=False)  # of a provider: model, usage, cost, attempts, and who failed before
     _nested: ClassVar[dict[str, type]] = {'message': Message}
 
 # %% ../nbs/02_agents.ipynb #63968782
@@ -195,6 +200,17 @@ class StubBackend:
         r = self.responses[min(k, len(self.responses) - 1)]
         return Reply(r if isinstance(r, Message) else Message('assistant', r))
 
+    async def ask(
+        self,
+        messages: Sequence[Message],           # the talk so far
+        *,
+        schema: dict[str, Any] | None = None,  # JSON schema; the next line has to be JSON that fits it
+        params: SamplingParams = SamplingParams(),   # not looked at
+    ) -> Answer:                               # the next line, with its fields
+        "The next line of the script as an answer."
+        m = (await self.reply(messages, None, params)).message
+        return _checked(Answer(m.text, model='stub', tool_calls=m.tool_calls), schema, 'the stub')
+
 # %% ../nbs/02_agents.ipynb #8012653f
 @dataclass(frozen=True)
 class AgentConfig(Record):
@@ -284,6 +300,298 @@ class Agent:
             with self.backend.policy.conversation(key): yield
         else: yield
 
+# %% ../nbs/02_agents.ipynb #ae06b173
+class ProviderError(BackendError):
+    "A provider did not answer as it should; the error knows whether asking again can help."
+    def __init__(
+        self,
+        text: str,                  # seen, expected, what to do
+        status: int | None = None,  # of HTTP, where there was an answer
+        again: bool = False,        # may the same request succeed later?
+        retry_after: float | None = None,  # seconds the provider asks us to wait
+        said: str = '',             # what came before a stream was cut
+    ) -> None:
+        super().__init__(text)
+        self.status, self.again, self.retry_after, self.said = status, again, retry_after, said
+
+# %% ../nbs/02_agents.ipynb #6eb29246
+def _retry_after(headers: Mapping[str, str], now: float | None = None) -> float | None:
+    "The seconds a provider asks us to wait; None where it does not say, or not legibly. Names of `headers` in lower case."
+    try:
+        if 'retry-after-ms' in headers: s = float(headers['retry-after-ms']) / 1000
+        else: s = float(headers['retry-after'])
+    except KeyError: return None
+    except ValueError:
+        try:
+            here = parsedate_to_datetime(headers['date']).timestamp() if 'date' in headers else time.time() if now is None else now
+            s = parsedate_to_datetime(headers['retry-after']).timestamp() - here
+        except (KeyError, ValueError, TypeError): return None
+    return max(s, 0.) if s < math.inf else None
+
+# %% ../nbs/02_agents.ipynb #3a2c51d6
+def _passes(status: int, headers: Mapping[str, str], text: str) -> bool:
+    "Can the same request succeed later?"
+    told = headers.get('x-should-retry')
+    if told in ('true', 'false'): return told == 'true'
+    return (status in (408, 409, 429) or status >= 500) and 'insufficient_quota' not in text
+
+def _client_error(error: BaseException, where: str, key: str = '') -> ProviderError | None:
+    "An error of openai's or anthropic's client in our words, without the key; None when it is another error."
+    client = next((m for m in map(sys.modules.get, ('openai', 'anthropic')) if m is not None and isinstance(error, m.APIError)), None)
+    if client is None: return None
+    if not isinstance(error, client.APIStatusError):
+        return ProviderError(f'{where} cannot be reached: {_bare(error.__cause__ or error, key)} — expected an answer — is the server up, and base_url right?', again=True)
+    s, h, text = error.status_code, error.response.headers, _bare(error, key)
+    advice = 'redirects are not followed; is base_url right?' if s < 400 else _ADVICE.get(s, "look into the server's log")
+    return ProviderError(f'{where} answered with status {s}: {text} — expected an answer — {advice}', s, _passes(s, h, str(error)), _retry_after(h))
+
+def _bare(error: BaseException, key: str) -> str:
+    "What an error says, shortened, without the key."
+    said = str(error).partition(' - ')[2] if str(error).startswith('Error code: ') else str(error)
+    return (said.replace(key, '***') if key else said)[:300]
+
+_ADVICE = {401: 'put its key into the environment variable that api_key_env names', 403: 'put its key into the environment variable that api_key_env names',
+           404: 'look at base_url, and at the model names under /v1/models', 429: 'lower limit'}
+
+# %% ../nbs/02_agents.ipynb #fbb9158b
+def worth_retrying(
+    error: Exception,  # what a call raised
+) -> bool | float:     # may it succeed later? A number is the seconds the provider asks to wait
+    "Connection errors, timeouts and a provider's 408, 409, 429 and 5xx; nothing else."
+    e = error if isinstance(error, ProviderError) else _client_error(error, 'the provider')
+    if e is None: return isinstance(error, (ConnectionError, TimeoutError))
+    return e.retry_after if e.again and e.retry_after is not None else e.again
+
+# %% ../nbs/02_agents.ipynb #9d75a29a
+_log = logging.getLogger('stateset_nb.agents')
+_P = ParamSpec('_P')
+_R = TypeVar('_R')
+
+def _brief(e: BaseException) -> str:
+    "An error as a log may show it: its kind and status, and nothing that was said."
+    return type(e).__name__ + (f' {e.status}' if isinstance(e, ProviderError) and e.status else '')
+
+class _Failed(Exception):
+    "Carries an error through the loop of attempts, whose hooks see its kind and nothing else."
+    def __init__(self, error: Exception) -> None:
+        super().__init__(_brief(error))
+        self.error = error
+
+# %% ../nbs/02_agents.ipynb #e476915d
+class RetryWithBackoff:
+    "Calls an async function again while its errors are of those that pass."
+    def __init__(
+        self,
+        max_attempts: int = 4,            # calls in all
+        base_delay: float = .5,           # seconds before the second attempt; doubled for each further one
+        max_delay: float = 30,            # seconds, the longest wait of our own choosing
+        deadline: float | None = 120,     # seconds for all attempts and waits together
+        jitter: float = .5,               # 0..1, share of a wait that is random
+        seed: int | None = None,          # of the random part; another each time unless given
+        on: type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool | float] = worth_retrying,  # which errors
+    ) -> None:
+        if max_attempts < 1 or base_delay < 0 or max_delay < 0 or not 0 <= jitter <= 1 or not (deadline is None or deadline > 0):
+            raise ConfigError(f'max_attempts={max_attempts}, base_delay={base_delay}, max_delay={max_delay}, deadline={deadline}, jitter={jitter} — expected at least 1 attempt, delays >= 0, a deadline > 0, jitter from 0 to 1')
+        self.max_attempts, self.base_delay, self.max_delay, self.deadline, self.jitter, self.on = max_attempts, base_delay, max_delay, deadline, jitter, on
+        self._random = random.Random(seed)
+
+    def wait(
+        self,
+        attempt: int,       # the one that failed, from 1
+        error: Exception,   # how
+    ) -> float | None:      # seconds; None when it is not worth another attempt
+        "How long to wait after a failure."
+        told = isinstance(error, self.on) if isinstance(self.on, (type, tuple)) else self.on(error)
+        if told is False: return None
+        if told is True: return min(self.max_delay, self.base_delay * 2. ** (attempt - 1)) * (1 - self.jitter * self._random.random())
+        return told + self.base_delay * self.jitter * self._random.random()
+
+    async def call(
+        self,
+        fn: Callable[_P, Awaitable[_R]],  # an async function
+        *args: _P.args,
+        **kwargs: _P.kwargs,
+    ) -> _R:                              # what it returned at last; else its last error is raised
+        "Call it until it succeeds, fails for good, or time is up."
+        stamina, began, tries, res = require('stamina', 'judge'), time.monotonic(), 0, None
+        def again(failed: Exception) -> bool | float:
+            if not isinstance(failed, _Failed) or tries >= self.max_attempts or (s := self.wait(tries, failed.error)) is None: return False
+            if self.deadline is not None and time.monotonic() - began + s >= self.deadline: return False
+            _log.warning('attempt %d of %d failed (%s), again in %.2f s', tries, self.max_attempts, failed, s)
+            return float(s)
+        try:
+            async with asyncio.timeout(self.deadline) as scope:
+                async for attempt in stamina.retry_context(on=again, attempts=self.max_attempts, timeout=None):
+                    with attempt:
+                        tries += 1
+                        try: return await fn(*args, **kwargs)
+                        except Exception as e: raise _Failed(e)  # noqa: B904
+        except _Failed as f: res = f.error
+        except TimeoutError:
+            if not scope.expired(): raise
+        if res is None: raise ProviderError(f'no answer within {self.deadline:g} s and {tries} attempts — expected one — the last was taken back; raise deadline')
+        if tries > 1: res.add_note(f'given up after {tries} attempts in {time.monotonic() - began:.1f} s')
+        raise res
+
+    def __call__(
+        self,
+        fn: Callable[_P, Awaitable[_R]],         # an async function
+    ) -> Callable[_P, Coroutine[Any, Any, _R]]:  # it, with retries
+        "As a decorator."
+        @wraps(fn)
+        async def again(*args: _P.args, **kwargs: _P.kwargs) -> _R: return await self.call(fn, *args, **kwargs)
+        return again
+
+# %% ../nbs/02_agents.ipynb #98e9dda1
+class CircuitOpen(BackendError):
+    "Nothing was called: it has failed too often, and not long enough ago."
+class BudgetExceeded(BackendError):
+    "Nothing was called: it could cost more than there is."
+
+_turnstile = threading.Lock()  # around the few lines in which breakers and budgets count
+
+def _outage(e: Exception) -> bool:
+    "Does this error say that the other side is down? A refused request does not."
+    if isinstance(e, ProviderError): return e.status is None or e.status == 408 or e.status >= 500 or e.status < 400
+    return not isinstance(e, (CircuitOpen, BudgetExceeded, ConfigError, DataError))
+
+# %% ../nbs/02_agents.ipynb #fbf37c0c
+class CircuitBreaker:
+    "Closed: calls pass. Open: they fail at once. Half-open: one call tries, the others still fail."
+    def __init__(
+        self,
+        failure_threshold: int = 5,      # failures in a row that open it
+        recovery_timeout: float = 30,    # seconds it stays open
+        name: str = 'the provider',      # what it guards, for messages
+        counts: Callable[[Exception], bool] = _outage,   # which errors are failures of the other side
+        clock: Callable[[], float] = time.monotonic,     # seconds
+    ) -> None:
+        if failure_threshold < 1 or not recovery_timeout >= 0: raise ConfigError(f'failure_threshold={failure_threshold}, recovery_timeout={recovery_timeout} — expected at least 1 failure, and seconds >= 0')
+        self.failure_threshold, self.recovery_timeout, self.name, self.counts, self.clock = failure_threshold, recovery_timeout, name, counts, clock
+        self.state, self.failures, self._since, self._era = 'closed', 0, 0., 0
+
+    def _turn(self, state: str) -> None:
+        _log.warning('circuit of %s: %s -> %s', self.name, self.state, state)
+        self.state, self.failures, self._era = state, 0, self._era + 1
+
+    def _enter(self) -> int:
+        if self.state == 'closed': return self._era
+        with _turnstile:
+            left = self._since + self.recovery_timeout - self.clock()
+            if self.state == 'half-open' or left > 0:
+                raise CircuitOpen(f'the circuit of {self.name} is {self.state} — ' + (f'it tries again in {left:.0f} s' if self.state == 'open' else 'one call is trying') + ' — wait, or put a FallbackBackend around it')
+            self._turn('half-open')
+            return self._era
+
+    def _leave(self, era: int, failed: bool | None) -> None:
+        with _turnstile:
+            if era != self._era: return                                # a call from before the last turn has no say
+            if failed is None: return self._turn('open') if self.state == 'half-open' else None   # cancelled: the next caller tries
+            self.failures = self.failures + 1 if failed else 0
+            if not failed and self.state == 'half-open': self._turn('closed')
+            elif failed and (self.state == 'half-open' or self.failures >= self.failure_threshold): self._since = self.clock(); self._turn('open')
+
+    async def call(
+        self,
+        fn: Callable[_P, Awaitable[_R]],  # an async function
+        *args: _P.args,
+        **kwargs: _P.kwargs,
+    ) -> _R:                              # what it returned; raises `CircuitOpen` without calling it while it is down
+        "Call it, unless it is known to be down."
+        era = self._enter()
+        try: res = await fn(*args, **kwargs)
+        except Exception as e: self._leave(era, self.counts(e)); raise
+        except BaseException: self._leave(era, None); raise
+        self._leave(era, False)
+        return res
+
+    def __call__(
+        self,
+        fn: Callable[_P, Awaitable[_R]],         # an async function
+    ) -> Callable[_P, Coroutine[Any, Any, _R]]:  # it, behind the breaker
+        "As a decorator."
+        @wraps(fn)
+        async def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _R: return await self.call(fn, *args, **kwargs)
+        return guarded
+
+# %% ../nbs/02_agents.ipynb #17b30570
+async def _guarded(call: Callable[[], Awaitable[_R]], retry: RetryWithBackoff | None, breaker: CircuitBreaker | None) -> _R:
+    "One call with what is around it, where there is something."
+    once: Callable[[], Awaitable[_R]] = call if breaker is None else lambda: breaker.call(call)
+    return await (once() if retry is None else retry.call(once))
+
+# %% ../nbs/02_agents.ipynb #ba2c9263
+class Budget:
+    "So much money and so many tokens, shared by all who ask."
+    def __init__(
+        self,
+        usd: float | None = None,     # USD that may be spent
+        tokens: int | None = None,    # tokens, in and out
+        prices: Mapping[str, tuple[float, float]] | None = None,  # model -> (USD for a million tokens in, USD for a million tokens out)
+    ) -> None:
+        for k, v in (('usd', usd), ('tokens', tokens)):
+            if v is not None and not 0 <= v < math.inf: raise ConfigError(f'{k}={v} — expected a number >= 0, or None for no limit')
+        for m, p in (prices or {}).items():
+            if len(p) != 2 or not all(0 <= x < math.inf for x in p): raise ConfigError(f'prices[{m!r}]={p} — expected (USD for a million tokens in, USD for a million tokens out)')
+        self.usd, self.tokens, self.prices = usd, tokens, {m: (float(p[0]), float(p[1])) for m, p in (prices or {}).items()}
+        self.calls, self.usd_used, self.tokens_used = 0, 0., 0
+        self._usd_held, self._tokens_held, self._waiting = 0., 0, list[tuple[asyncio.AbstractEventLoop, asyncio.Event]]()
+
+    def __repr__(self) -> str:
+        return f'Budget({self.calls} calls, {self.tokens_used} of {self.tokens} tokens, {self.usd_used:.6f} of {self.usd} USD)'
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {'_waiting': [], '_usd_held': 0., '_tokens_held': 0}
+
+    def cost(
+        self,
+        model: str,        # as it is asked for
+        tokens_in: int,    # tokens of the request
+        tokens_out: int,   # tokens of the answer
+    ) -> float | None:     # USD; None when no price is known and none is needed
+        "What a call costs; raises `ConfigError` when money is limited and the price unknown."
+        if model in self.prices: return (tokens_in * self.prices[model][0] + tokens_out * self.prices[model][1]) / 1e6
+        if self.usd is None: return None
+        raise ConfigError(f'no price is known for {model!r}, and usd={self.usd:g} limits what may be spent — prices are known for {", ".join(self.prices) or "nothing"} — add prices={{{model!r}: (in, out)}}, USD for a million tokens')
+
+    def _take(self, tokens: int, usd: float) -> bool:
+        for what, limit, used, held, need in (('tokens', self.tokens, self.tokens_used, self._tokens_held, tokens), ('usd', self.usd, self.usd_used, self._usd_held, usd)):
+            if limit is None: continue
+            if used + need > limit: raise BudgetExceeded(f'the next call may take {need:.6g} {what}, and {used:.6g} of {limit:.6g} are used — expected enough for its longest answer — raise the budget, or lower max_tokens')
+            if used + held + need > limit: return False
+        self._tokens_held += tokens; self._usd_held += usd
+        return True
+
+    @asynccontextmanager
+    async def hold(
+        self,
+        model: str,        # as it is asked for
+        tokens_in: int,    # at most, tokens of the request
+        tokens_out: int,   # at most, tokens of the answer
+    ) -> AsyncIterator[Hold]:  # set its `used` when it is known; otherwise all of it counts as used
+        "Keep the most a call can cost until it is over; waits while others hold what is left, raises `BudgetExceeded` when it cannot be."
+        usd, tokens = self.cost(model, tokens_in, tokens_out) or 0., tokens_in + tokens_out
+        while True:
+            turn = asyncio.Event()
+            with _turnstile:
+                if self._take(tokens, usd): break
+                self._waiting.append((asyncio.get_running_loop(), turn))
+            await turn.wait()
+        held = Hold((tokens_in, tokens_out))
+        try: yield held
+        finally:
+            with _turnstile:
+                self._tokens_held -= tokens; self._usd_held = self._usd_held - usd if self._tokens_held else 0.
+                self.tokens_used += sum(held.used); self.usd_used += self.cost(model, *held.used) or 0.; self.calls += 1
+                waiting, self._waiting = self._waiting, []
+            for loop, turn in waiting:
+                if not loop.is_closed(): loop.call_soon_threadsafe(turn.set)
+
+@dataclass
+class Hold:
+    "What one call may use, until it is known what it did use."
+    used: tuple[int, int]  # (tokens in, tokens out)
+
 # %% ../nbs/02_agents.ipynb #1653a792
 def _completion_request(context: Sequence[int], params: SamplingParams, ends: Sequence[int]) -> dict[str, Any]:
     "What is asked for one turn; `extra_body` holds what vLLM adds to OpenAI's protocol."
@@ -342,21 +650,21 @@ def _turn(reply: Any, context: Sequence[int], params: SamplingParams, fmt: ChatF
     return Sampled(tuple(ids), _logps_of(c, len(ids)), 'stop' if ended else 'length', version)
 
 # %% ../nbs/02_agents.ipynb #79c9ff98
-_ADVICE = {401: 'put its key into the environment variable that api_key_env names', 403: 'put its key into the environment variable that api_key_env names',
-           404: 'look at base_url, and at the model names under /v1/models', 429: 'lower limit'}
-
-async def _answer(call: Awaitable[Any], where: str, seconds: float) -> Any:
-    "The JSON of one request, in one attempt; what goes wrong is a `BackendError`."
-    openai = require('openai', 'judge')
+async def _reply_of(call: Callable[[], Awaitable[Any]], where: str, seconds: float, key: str) -> Any:
+    "The JSON of one request, in one attempt; what goes wrong is a `ProviderError` that knows whether it passes."
+    failure, text = None, ''
     try:
-        async with asyncio.timeout(seconds): raw = await call
-    except TimeoutError: raise BackendError(f'{where} has not answered within {seconds:g} s — the request was taken back — raise timeout, or lower limit') from None
-    except openai.APIStatusError as e:
-        advice = _ADVICE.get(e.status_code, "look into the server's log")
-        raise BackendError(f'{where} answered with status {e.status_code}: {e.response.text[:300]} — expected a completion — {advice}') from e
-    except openai.OpenAIError as e: raise BackendError(f'{where} cannot be reached: {e.__cause__ or e} — expected an answer — is the server up, and base_url right?') from e
-    try: return json.loads(raw.text)
-    except (ValueError, RecursionError) as e: raise BackendError(f'{where} answered {raw.text[:60]!r}, which is not JSON: {e} — was the answer cut off?') from e
+        async with asyncio.timeout(seconds):
+            raw = (await call()).http_response
+            try: text = (await raw.aread()).decode(errors='replace')
+            except Exception as e: failure = ProviderError(f'{where} broke off ({type(e).__name__}) — expected a whole answer — is the server up?', again=True)
+    except TimeoutError: failure = ProviderError(f'{where} has not answered within {seconds:g} s — the request was taken back — raise timeout, or lower limit', again=True)
+    except Exception as e:
+        failure = _client_error(e, where, key)
+        if failure is None: raise
+    if failure is not None: raise failure   # outside of the handler: a client's error may quote the key, and would be shown with ours
+    try: return json.loads(text)
+    except (ValueError, RecursionError) as e: raise ProviderError(f'{where} answered {text[:60]!r}, which is not JSON: {e} — was the answer cut off?', raw.status_code, again=True) from None
 
 # %% ../nbs/02_agents.ipynb #a76b3fff
 def _context_of(reply: Any, model: str) -> int:
@@ -377,6 +685,11 @@ class _Line:
     gate: asyncio.Semaphore    # lets so many requests through
     once: asyncio.Lock         # of what is asked only once
 
+def _check_address(base_url: str) -> None:
+    "Refuse what is no address of a server, or holds a password."
+    u = urlsplit(base_url)
+    if u.scheme not in ('http', 'https') or not u.hostname or '@' in u.netloc: raise ConfigError(f"base_url={u.scheme}://{u.netloc.rpartition('@')[2]}{u.path} — expected http://host:port/v1, without a password — the key stands in the environment")
+
 def _open_line(base_url: str, api_key_env: str, limit: int) -> _Line:
     "A line to a server in the running event loop; its client never retries."
     client = require('openai', 'judge').AsyncOpenAI(base_url=base_url, api_key=os.environ.get(api_key_env) or 'none', max_retries=0, timeout=None)
@@ -385,9 +698,11 @@ def _open_line(base_url: str, api_key_env: str, limit: int) -> _Line:
 # %% ../nbs/02_agents.ipynb #814f43de
 class _Served:
     "What a server policy asks, and what it remembers of the answers."
-    def __init__(self, base_url: str, model: str, format: ChatFormat, max_context: int | None, limit: int, timeout: float, api_key_env: str) -> None:
+    def __init__(self, base_url: str, model: str, format: ChatFormat, max_context: int | None, limit: int, timeout: float, api_key_env: str,
+                 retry: RetryWithBackoff | None = None, breaker: CircuitBreaker | None = None) -> None:
         self.base_url, self.where, self.model, self.format = base_url, urlsplit(base_url).netloc, model, format
         self.max_context, self.limit, self.timeout, self.api_key_env = max_context, limit, timeout, api_key_env
+        self.retry, self.breaker = retry, breaker
         self.version = 0                  # counts updates of the served weights; call `updated` after each
         self._reads: dict[str, int] = {}  # tokens that each model reads
         self._exact = False               # are log-probabilities known to be those of what was sampled from?
@@ -397,11 +712,14 @@ class _Served:
         if self._line is None or self._line.loop is not asyncio.get_running_loop(): self._line = _open_line(self.base_url, self.api_key_env, self.limit)
         return self._line
 
+    async def _request(self, call: Callable[[], Awaitable[Any]]) -> Any:
+        return await _guarded(lambda: _reply_of(call, self.where, self.timeout, os.environ.get(self.api_key_env) or ''), self.retry, self.breaker)
+
     async def _draw(self, context: Sequence[int], params: SamplingParams) -> Sampled:
         line = self._here()
         async with line.gate:
             version, body = self.version, _completion_request(context, params, self.format.end_ids)
-            reply = await _answer(line.client.completions.with_raw_response.create(model=self.model, **body), self.where, self.timeout)
+            reply = await self._request(lambda: line.client.completions.with_raw_response.create(model=self.model, **body))
         return _turn(reply, context, params, self.format, version)
 
     async def _reads_up_to(self) -> int:
@@ -409,7 +727,7 @@ class _Served:
         line = self._here()
         async with line.once:
             model = self.model
-            if model not in self._reads: self._reads[model] = _context_of(await _answer(line.client.models.with_raw_response.list(), self.where, self.timeout), model)
+            if model not in self._reads: self._reads[model] = _context_of(await self._request(line.client.models.with_raw_response.list), model)
             return self._reads[model]
 
     async def _check_exact(self) -> None:
@@ -432,12 +750,13 @@ class ServerPolicy(_Served):
         limit: int = 256,                   # requests in flight
         timeout: float = 600,               # seconds an answer may take
         api_key_env: str = 'VLLM_API_KEY',  # the environment variable with the server's key, if it wants one
+        retry: RetryWithBackoff | None = None,    # around each request; None: one attempt
+        breaker: CircuitBreaker | None = None,    # stops asking while the server is down
     ) -> None:
-        u = urlsplit(base_url)
-        if u.scheme not in ('http', 'https') or not u.hostname or '@' in u.netloc: raise ConfigError(f"base_url={u.scheme}://{u.netloc.rpartition('@')[2]}{u.path} — expected http://host:port/v1, without a password — the key stands in the environment")
+        _check_address(base_url)
         if limit < 1 or not timeout > 0: raise ConfigError(f'limit={limit}, timeout={timeout} — expected at least 1 request, and more than 0 seconds')
         require('openai', 'judge')
-        super().__init__(base_url, model, format, max_context, limit, timeout, api_key_env)
+        super().__init__(base_url, model, format, max_context, limit, timeout, api_key_env, retry, breaker)
 
     async def sample(
         self,
@@ -481,6 +800,367 @@ class ServerPolicy(_Served):
         "Close the connections of the running event loop; the next turn opens new ones."
         line, self._line = self._line, None
         if line is not None and line.loop is asyncio.get_running_loop(): await line.client.close()
+
+# %% ../nbs/02_agents.ipynb #abda05d0
+@dataclass(frozen=True)
+class Answer(Record):
+    "What a provider answered, and what it took."
+    text: str                             # as it was said; JSON where a schema was given
+    data: dict[str, Any] | None = field(default=None, hash=False)  # the fields, checked against the schema; None without one
+    model: str = ''                       # who answered, as the provider names it
+    usage: dict[str, int] = field(default_factory=dict, hash=False)  # input_tokens, output_tokens; empty when the provider does not say
+    cost_usd: float | None = None         # USD, where the budget knows a price
+    finish_reason: str = 'stop'           # 'stop', or 'length' when it was cut
+    tool_calls: tuple[ToolCall, ...] = () # tools it calls
+    metadata: dict[str, Any] = field(default_factory=dict, hash=False)  # attempts, seconds; `fallback`: who failed before
+    _nested: ClassVar[dict[str, type]] = {'tool_calls': ToolCall}
+
+# %% ../nbs/02_agents.ipynb #7c1282ca
+class Provider(Backend, Protocol):
+    "A backend that can also be asked for fields."
+    async def ask(
+        self,
+        messages: Sequence[Message],           # what is asked
+        *,
+        schema: dict[str, Any] | None = None,  # JSON schema of an object that the answer has to be
+        params: SamplingParams = ...,          # how to sample
+    ) -> Answer:                               # raises `BackendError`
+        "Ask, and get text or checked fields."
+        ...
+
+# %% ../nbs/02_agents.ipynb #b47ad757
+def _validator(schema: dict[str, Any]) -> Any:
+    "A checker of values against a JSON schema of an object."
+    jsonschema = require('jsonschema', 'judge')
+    if schema.get('type') != 'object': raise ConfigError(f"a schema of type {schema.get('type')!r} — expected {{'type': 'object', 'properties': ...}} — put the value into a field")
+    try: jsonschema.Draft202012Validator.check_schema(schema)
+    except jsonschema.SchemaError as e: raise ConfigError(f"the schema is no JSON schema: {e.message} — expected one at {'.'.join(map(str, e.absolute_path)) or 'its top'}") from None
+    return jsonschema.Draft202012Validator(schema)
+
+def _no_constant(name: str) -> Any: raise ValueError(f'{name} is no JSON')
+
+# %% ../nbs/02_agents.ipynb #2a112df3
+def _checked(answer: Answer, schema: dict[str, Any] | None, where: str) -> Answer:
+    "The answer with its fields; raises `ProviderError` when it is not what the schema says."
+    if schema is None: return answer
+    check = _validator(schema)
+    if answer.metadata.get('refusal'): raise ProviderError(f'{where} declined: {answer.text[:200]!r} — expected an object of the schema — ask differently, or count it as unanswered')
+    if answer.finish_reason == 'length': raise ProviderError(f'{where} was cut off after {answer.text[-40:]!r} — expected a whole object — raise max_tokens')
+    try: data = json.loads(answer.text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as e: raise ProviderError(f'{where} said {answer.text[:120]!r}, which is not JSON ({e}) — expected an object of the schema — does this model know structured output?') from None
+    worst = require('jsonschema', 'judge').exceptions.best_match(check.iter_errors(data))
+    if worst is not None: raise ProviderError(f"{where} gave {'.'.join(map(str, worst.absolute_path)) or 'an answer'}: {worst.message[:200]} — expected what the schema says — does this model know structured output?")
+    return replace(answer, data=data)
+
+# %% ../nbs/02_agents.ipynb #117ac496
+def _with_ids(messages: Sequence[Message]) -> list[Message]:
+    "The talk with an id for each tool call, and each tool's message naming the call it answers."
+    res: list[Message] = []
+    for i, m in enumerate(messages):
+        if m.tool_calls: m = replace(m, tool_calls=tuple(c if c.id else replace(c, id=f'call_{i}_{j}') for j, c in enumerate(m.tool_calls)))
+        if m.role == 'tool' and not m.tool_call_id:
+            k = next((k for k in range(len(res) - 1, -1, -1) if res[k].tool_calls), None)
+            if k is None or not 0 <= i - k - 1 < len(res[k].tool_calls): raise DataError(f'messages[{i}] is the answer of a tool that nobody called — expected a call before it — give its tool_call_id')
+            m = replace(m, tool_call_id=res[k].tool_calls[i - k - 1].id)
+        res.append(m)
+    return res
+
+# %% ../nbs/02_agents.ipynb #9b367955
+def _openai_request(messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, schema: dict[str, Any] | None, params: SamplingParams, itself: bool) -> dict[str, Any]:
+    "The body of a chat completion; `itself`: it goes to OpenAI, not to a server with its protocol."
+    if itself and params.top_k: raise ConfigError(f'top_k={params.top_k} — OpenAI has no top_k — expected 0')
+    talk = [{k: v for k, v in replace(m, extra={}).to_dict().items() if k != 'name'} for m in _with_ids(messages)]
+    body: dict[str, Any] = {'messages': talk, 'seed': params.seed, ('max_completion_tokens' if itself else 'max_tokens'): params.max_tokens}
+    if not itself or params.temperature != 1: body['temperature'] = params.temperature
+    if not itself or params.top_p != 1: body['top_p'] = params.top_p
+    if params.top_k: body['extra_body'] = {'top_k': params.top_k}
+    if tools: body['tools'] = list(tools)
+    if schema is not None: body['response_format'] = {'type': 'json_schema', 'json_schema': {'name': 'answer', 'schema': schema, 'strict': _strict(schema)}}
+    return body
+
+def _strict(schema: Any) -> bool:
+    "Does every object of a schema name all its fields as required, and no others? Only then OpenAI keeps to it strictly."
+    if isinstance(schema, list): return all(map(_strict, schema))
+    if not isinstance(schema, dict): return True
+    if schema.get('type') == 'object' and (schema.get('additionalProperties') is not False or set(schema.get('required', ())) != set(schema.get('properties', {}))): return False
+    return all(map(_strict, schema.values()))
+
+# %% ../nbs/02_agents.ipynb #2858de76
+def _anthropic_talk(messages: Sequence[Message]) -> tuple[str, list[dict[str, Any]]]:
+    "(system prompt, turns) as Anthropic's Messages take them."
+    turns: list[dict[str, Any]] = []
+    for m in _with_ids(messages):
+        if m.role in ('system', 'developer'): continue
+        blocks: list[dict[str, Any]] = [{'type': 'text', 'text': m.text}] if m.text and m.role != 'tool' else []
+        if m.role == 'tool': blocks = [{'type': 'tool_result', 'tool_use_id': m.tool_call_id, 'content': m.text}]
+        blocks += [{'type': 'tool_use', 'id': c.id, 'name': c.name, 'input': _tool_input(c)} for c in m.tool_calls]
+        role = 'assistant' if m.role == 'assistant' else 'user'
+        if turns and turns[-1]['role'] == role: turns[-1]['content'] += blocks
+        elif blocks: turns.append({'role': role, 'content': blocks})
+    return '\n\n'.join(m.text for m in messages if m.role in ('system', 'developer')), turns
+
+def _tool_input(call: ToolCall) -> dict[str, Any]:
+    "A call's arguments as an object; those that are none are shown as text, and the tool's answer says what is wrong with them."
+    try: return call.parsed()
+    except DataError: return {'not_json': call.arguments}
+
+# %% ../nbs/02_agents.ipynb #3ce2b81f
+_BOUNDS = ('minimum', 'maximum', 'exclusiveMinimum', 'exclusiveMaximum', 'multipleOf', 'minLength', 'maxLength', 'pattern', 'minItems', 'maxItems', 'uniqueItems', 'minProperties', 'maxProperties')
+
+def _loose(schema: Any) -> Any:
+    "A schema with its bounds as words in the description, and objects closed."
+    if isinstance(schema, list): return [_loose(x) for x in schema]
+    if not isinstance(schema, dict): return schema
+    said = ', '.join(f'{k} {schema[k]}' for k in _BOUNDS if k in schema and not isinstance(schema[k], dict))
+    res = {k: ({p: _loose(q) for p, q in v.items()} if k in ('properties', '$defs') else v if k in ('enum', 'const', 'required') else _loose(v)) for k, v in schema.items() if k not in _BOUNDS or isinstance(v, dict)}
+    if said: res['description'] = f"{schema.get('description', '')} ({said})".strip()
+    return res | {'additionalProperties': False} if res.get('type') == 'object' else res
+
+def _anthropic_request(messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, schema: dict[str, Any] | None, params: SamplingParams, structured: str) -> dict[str, Any]:
+    "The body of a message; there is no seed."
+    system, turns = _anthropic_talk(messages)
+    body: dict[str, Any] = {'messages': turns, 'max_tokens': params.max_tokens} | ({'system': system} if system else {})
+    more: dict[str, Any] = {k: v for k, v in (('temperature', params.temperature), ('top_p', params.top_p)) if v != 1} | ({'top_k': params.top_k} if params.top_k else {})
+    if tools: body['tools'] = [{'name': t['function']['name'], 'description': t['function'].get('description', ''), 'input_schema': t['function']['parameters']} for t in tools]
+    if schema is not None and structured == 'format': more['output_config'] = {'format': {'type': 'json_schema', 'schema': _loose(schema)}}
+    if schema is not None and structured == 'tool':
+        body |= {'tools': [{'name': 'answer', 'description': 'Give the answer.', 'input_schema': schema}], 'tool_choice': {'type': 'tool', 'name': 'answer'}}
+    return body | ({'extra_body': more} if more else {})
+
+# %% ../nbs/02_agents.ipynb #bfb4e528
+def _part(d: Any, key: Any, kind: type | tuple[type, ...], where: str) -> Any:
+    "A part of a reply, of the kind it has to be."
+    try: v = d[key]
+    except (KeyError, IndexError, TypeError): v = None
+    if not isinstance(v, kind): raise ProviderError(f'{where} answered {json.dumps(d)[:120]} — expected {key!r} in it — is base_url that of this provider?', again=True)
+    return v
+
+def _counted(usage: Any, keys_in: Sequence[str], key_out: str) -> dict[str, int]:
+    "What a provider says was used; empty when it does not say."
+    if not isinstance(usage, dict) or type(usage.get(keys_in[0])) is not int or type(usage.get(key_out)) is not int: return {}
+    return {'input_tokens': sum(usage.get(k) or 0 for k in keys_in), 'output_tokens': usage[key_out]}
+
+def _openai_usage(reply: Any) -> dict[str, int]:
+    "Of a chat completion."
+    return _counted(reply.get('usage') if isinstance(reply, dict) else None, ('prompt_tokens',), 'completion_tokens')
+
+def _anthropic_usage(reply: Any) -> dict[str, int]:
+    "Of a message; tokens read from or written to a cache count in full."
+    return _counted(reply.get('usage') if isinstance(reply, dict) else None, ('input_tokens', 'cache_creation_input_tokens', 'cache_read_input_tokens'), 'output_tokens')
+
+# %% ../nbs/02_agents.ipynb #9b94f50a
+def _openai_answer(reply: Any, where: str) -> Answer:
+    "A chat completion as an answer."
+    c = _part(_part(reply, 'choices', list, where), 0, dict, where)
+    m, end = _part(c, 'message', dict, where), c.get('finish_reason')
+    if end not in ('stop', 'length', 'tool_calls'): raise ProviderError(f"{where} ended with finish_reason={end!r} — expected 'stop', 'length' or 'tool_calls' — was it filtered, or cut off?")
+    try: calls = tuple(ToolCall.from_dict(x, f'tool_calls[{i}]') for i, x in enumerate(m.get('tool_calls') or ()))
+    except (DataError, TypeError) as e: raise ProviderError(f'{where}: {e}', again=True) from None
+    refusal = m.get('refusal')
+    text = _part({'content': refusal or m.get('content') or ''}, 'content', str, where)
+    return Answer(text, None, str(reply.get('model') or ''), _openai_usage(reply), None, 'length' if end == 'length' else 'stop', calls, {'refusal': True} if refusal else {})
+
+# %% ../nbs/02_agents.ipynb #d9714048
+def _anthropic_answer(reply: Any, where: str, structured: bool = False) -> Answer:
+    "A message as an answer; `structured`: the answer stands in the call of a tool."
+    blocks, end = _part(reply, 'content', list, where), reply.get('stop_reason')
+    ends = {'end_turn': 'stop', 'stop_sequence': 'stop', 'tool_use': 'stop', 'refusal': 'stop', 'max_tokens': 'length', 'model_context_window_exceeded': 'length'}
+    if end not in ends: raise ProviderError(f'{where} ended with stop_reason={end!r} — expected one of {", ".join(ends)} — was it cut off?')
+    text = ''.join(_part(b, 'text', str, where) for b in blocks if _part(b, 'type', str, where) == 'text')
+    calls = tuple(ToolCall(_part(b, 'name', str, where), json.dumps(_part(b, 'input', dict, where), ensure_ascii=False), _part(b, 'id', str, where)) for b in blocks if b['type'] == 'tool_use')
+    if structured and calls: text, calls = calls[0].arguments, ()
+    return Answer(text, None, str(reply.get('model') or ''), _anthropic_usage(reply), None, ends[end], calls, {'refusal': True} if end == 'refusal' else {})
+
+# %% ../nbs/02_agents.ipynb #250c93d7
+class _ChatBackend(ABC):
+    "Asks a provider over the network; subclasses speak its protocol."
+    def __init__(self, model: str, base_url: str, api_key_env: str, needs_key: bool, timeout: float, retry: RetryWithBackoff | None, breaker: CircuitBreaker | None, limit: int, budget: Budget | None) -> None:
+        _check_address(base_url)
+        if not model: raise ConfigError("model='' — expected the name of a model")
+        if limit < 1 or not timeout > 0: raise ConfigError(f'limit={limit}, timeout={timeout} — expected at least 1 request, and more than 0 seconds')
+        self.model, self.base_url, self.api_key_env, self.needs_key, self.timeout = model, base_url, api_key_env, needs_key, timeout
+        self.retry, self.breaker, self.limit, self.budget, self.where = retry, breaker, limit, budget, f'{model} at {urlsplit(base_url).netloc}'
+        self._line: _Line | None = None
+
+    def __repr__(self) -> str: return f'{type(self).__name__}({self.model!r})'
+    def __getstate__(self) -> dict[str, Any]: return self.__dict__ | {'_line': None}
+
+    @abstractmethod
+    def _client(self, key: str) -> Any: ...
+    @abstractmethod
+    def _request(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, schema: dict[str, Any] | None, params: SamplingParams) -> dict[str, Any]: ...
+    @abstractmethod
+    def _send(self, body: dict[str, Any]) -> Awaitable[Any]: ...
+    @abstractmethod
+    def _read(self, reply: Any, fields: bool) -> Answer: ...
+    @abstractmethod
+    def _usage(self, reply: Any) -> dict[str, int]: ...
+
+    def _key(self) -> str:
+        key = os.environ.get(self.api_key_env) or ''
+        if not key and self.needs_key: raise ConfigError(f'{self.api_key_env} is not set — {self!r} needs a key — put it into that environment variable, or name another by api_key_env')
+        return key
+
+    def _here(self) -> _Line:
+        if self._line is None or self._line.loop is not asyncio.get_running_loop():
+            self._line = _Line(asyncio.get_running_loop(), self._client(self._key()), asyncio.Semaphore(self.limit), asyncio.Lock())
+        return self._line
+
+    @asynccontextmanager
+    async def _hold(self, body: dict[str, Any], params: SamplingParams) -> AsyncIterator[Hold]:
+        async with self._here().gate:
+            if self.budget is None: yield Hold((0, 0))
+            else:
+                async with self.budget.hold(self.model, len(json.dumps(body, ensure_ascii=False).encode()), params.max_tokens) as held: yield held
+
+    async def _once(self, body: dict[str, Any], params: SamplingParams, fields: bool) -> Answer:
+        async with self._hold(body, params) as held:
+            async def call() -> Answer:
+                reply = await _reply_of(lambda: self._send(body), self.where, self.timeout, self._key())
+                if u := self._usage(reply): held.used = (u['input_tokens'], u['output_tokens'])
+                return self._read(reply, fields)
+            try: return await _guarded(call, None, self.breaker)
+            except BackendError as e:
+                if isinstance(e, CircuitOpen) or isinstance(e, ProviderError) and e.status is not None and e.status >= 300: held.used = (0, 0)   # refused: nothing was used
+                raise
+
+    async def _asked(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, schema: dict[str, Any] | None, params: SamplingParams) -> Answer:
+        if schema is not None: _validator(schema)
+        body, began, tries = self._request(messages, tools, schema, params), time.monotonic(), 0
+        async def once() -> Answer:
+            nonlocal tries
+            tries += 1
+            return await self._once(body, params, schema is not None)
+        a = await _guarded(once, self.retry, None)
+        usd = self.budget.cost(self.model, a.usage['input_tokens'], a.usage['output_tokens']) if self.budget is not None and a.usage else None
+        return _checked(replace(a, cost_usd=usd, metadata=a.metadata | {'attempts': tries, 'seconds': time.monotonic() - began}), schema, self.where)
+
+    async def ask(
+        self,
+        messages: Sequence[Message],           # what is asked
+        *,
+        schema: dict[str, Any] | None = None,  # JSON schema of an object that the answer has to be
+        params: SamplingParams = SamplingParams(1024),   # how to sample
+    ) -> Answer:                               # raises `BackendError`
+        "Ask, and get text or checked fields."
+        return await self._asked(messages, None, schema, params)
+
+    async def reply(
+        self,
+        messages: Sequence[Message],             # the talk so far
+        tools: Sequence[dict[str, Any]] | None,  # tool schemas in OpenAI's form
+        params: SamplingParams,                  # how to sample
+    ) -> Reply:                                  # the answer; it has no tokens
+        "Answer, in words or by calling tools."
+        a = await self._asked(messages, tools, None, params)
+        more = {'model': a.model, 'usage': a.usage, 'cost_usd': a.cost_usd} | a.metadata
+        return Reply(Message('assistant', a.text or (None if a.tool_calls else ''), a.tool_calls), finish_reason=a.finish_reason, metadata=more)
+
+    async def close(self) -> None:
+        "Close the connections of the running event loop; the next question opens new ones."
+        line, self._line = self._line, None
+        if line is not None and line.loop is asyncio.get_running_loop(): await line.client.close()
+
+# %% ../nbs/02_agents.ipynb #908ab4ca
+class OpenAIBackend(_ChatBackend):
+    "OpenAI, or any server with its chat protocol, as a backend."
+    def __init__(
+        self,
+        model: str,                        # its name at the provider
+        base_url: str | None = None,       # of another server with OpenAI's protocol, e.g. 'http://localhost:8000/v1'
+        api_key_env: str | None = None,    # the environment variable with the key; OPENAI_API_KEY, or VLLM_API_KEY at another server
+        timeout: float = 120,              # seconds one attempt may take
+        retry: RetryWithBackoff | None = RetryWithBackoff(),   # None: one attempt
+        breaker: CircuitBreaker | None = None,   # stops calling while the provider is down
+        limit: int = 32,                   # requests in flight
+        budget: Budget | None = None,      # what all of it may cost
+    ) -> None:
+        require('openai', 'judge')
+        super().__init__(model, base_url or 'https://api.openai.com/v1', api_key_env or ('VLLM_API_KEY' if base_url else 'OPENAI_API_KEY'), base_url is None, timeout, retry, breaker, limit, budget)
+
+    def _client(self, key: str) -> Any:
+        openai = require('openai', 'judge')
+        return openai.AsyncOpenAI(base_url=self.base_url, api_key=key or 'none', max_retries=0, timeout=None, http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False, timeout=None))
+
+    def _request(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, schema: dict[str, Any] | None, params: SamplingParams) -> dict[str, Any]:
+        return _openai_request(messages, tools, schema, params, self.needs_key) | {'model': self.model}
+
+    def _send(self, body: dict[str, Any]) -> Awaitable[Any]: return self._here().client.chat.completions.with_raw_response.create(**body)
+    def _read(self, reply: Any, fields: bool) -> Answer: return _openai_answer(reply, self.where)
+    def _usage(self, reply: Any) -> dict[str, int]: return _openai_usage(reply)
+
+# %% ../nbs/02_agents.ipynb #a8bdf094
+class AnthropicBackend(_ChatBackend):
+    "Anthropic's models as a backend."
+    def __init__(
+        self,
+        model: str,                        # its name at the provider
+        base_url: str | None = None,       # of another server with Anthropic's protocol
+        api_key_env: str = 'ANTHROPIC_API_KEY',  # the environment variable with the key
+        timeout: float = 120,              # seconds one attempt may take
+        retry: RetryWithBackoff | None = RetryWithBackoff(),   # None: one attempt
+        breaker: CircuitBreaker | None = None,   # stops calling while the provider is down
+        limit: int = 32,                   # requests in flight
+        budget: Budget | None = None,      # what all of it may cost
+        structured: str = 'format',        # how fields are asked for: 'format' (its structured output), or 'tool' (a forced tool, for models that lack it)
+    ) -> None:
+        if structured not in ('format', 'tool'): raise ConfigError(f"structured={structured!r} — expected 'format' or 'tool'")
+        require('anthropic', 'judge')
+        super().__init__(model, base_url or 'https://api.anthropic.com', api_key_env, base_url is None, timeout, retry, breaker, limit, budget)
+        self.structured = structured
+
+    def _client(self, key: str) -> Any:
+        anthropic = require('anthropic', 'judge')
+        return anthropic.AsyncAnthropic(base_url=self.base_url, api_key=key or 'none', max_retries=0, timeout=None, http_client=anthropic.DefaultAsyncHttpxClient(follow_redirects=False, timeout=None))
+
+    def _request(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, schema: dict[str, Any] | None, params: SamplingParams) -> dict[str, Any]:
+        return _anthropic_request(messages, tools, schema, params, self.structured) | {'model': self.model}
+
+    def _send(self, body: dict[str, Any]) -> Awaitable[Any]: return self._here().client.messages.with_raw_response.create(**body)
+    def _read(self, reply: Any, fields: bool) -> Answer: return _anthropic_answer(reply, self.where, fields and self.structured == 'tool')
+    def _usage(self, reply: Any) -> dict[str, int]: return _anthropic_usage(reply)
+
+# %% ../nbs/02_agents.ipynb #03af1130
+class FallbackBackend:
+    "Asks the first, and the next one when that fails."
+    def __init__(
+        self,
+        backends: Sequence[Provider],  # in the order they are asked
+    ) -> None:
+        if not backends: raise ConfigError('backends=[] — expected at least one backend')
+        self.backends = tuple(backends)
+
+    def __repr__(self) -> str: return f'FallbackBackend({list(self.backends)})'
+
+    async def _first(self, call: Callable[[Provider], Awaitable[_R]]) -> tuple[_R, dict[str, Any]]:
+        failed: list[dict[str, str]] = []
+        for b in self.backends:
+            try: return await call(b), ({'fallback': failed, 'answered_by': repr(b)} if failed else {})
+            except BackendError as e:
+                failed.append({'backend': repr(b), 'error': f'{type(e).__name__}: {e}'})
+                _log.warning('%r failed (%s), %s', b, _brief(e), f'asking {self.backends[len(failed)]!r}' if len(failed) < len(self.backends) else 'nobody is left to ask')
+        raise BackendError(f'{len(failed)} of {len(failed)} backends failed — ' + ' · '.join(f"{f['backend']}: {f['error']}" for f in failed) + ' — expected an answer of one of them')
+
+    async def ask(
+        self,
+        messages: Sequence[Message],           # what is asked
+        *,
+        schema: dict[str, Any] | None = None,  # JSON schema of an object that the answer has to be
+        params: SamplingParams = SamplingParams(1024),   # how to sample
+    ) -> Answer:                               # `metadata['fallback']` says who failed before; raises `BackendError` when all did
+        "Ask, and get text or checked fields."
+        a, more = await self._first(lambda b: b.ask(messages, schema=schema, params=params))
+        return replace(a, metadata=a.metadata | more)
+
+    async def reply(
+        self,
+        messages: Sequence[Message],             # the talk so far
+        tools: Sequence[dict[str, Any]] | None,  # tool schemas in OpenAI's form
+        params: SamplingParams,                  # how to sample
+    ) -> Reply:                                  # `metadata['fallback']` says who failed before
+        "Answer."
+        r, more = await self._first(lambda b: b.reply(messages, tools, params))
+        return replace(r, metadata=r.metadata | more)
 
 # %% ../nbs/02_agents.ipynb #958ccd26
 class MultiTurnAgent(Agent):
