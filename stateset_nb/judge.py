@@ -58,13 +58,13 @@ def _number(text: str) -> float:
 
 # %% ../nbs/21_judge.ipynb #0b39c9f9
 _SCALE = re.compile(rf'(?:\b(?:scale|range)\s*(?:of|from|is|:)?\s*|\bfrom\s+(?=[\d.+-]{{1,12}}\s*(?:to|-)\s*[\d.+-]{{1,12}}\s*,)|\(\s*(?=[^()]*\)\s*[:=]))(?:from\s+)?{_N}\s*(?:to|-|\.\.)\s*([+-]?\d+(?:\.\d+)?)\)?')
-_TOP = re.compile(rf'\b(?:scale\s+of\s+{_N}|(\d+)\s*-?\s*(?:points?|stars?)\s+scale)')
+_TOP = re.compile(rf'\bscale\s+of\s+{_N}|\b(\d+)\s*-?\s*(?:points?|stars?)\s+scale|\(\s*out\s+of\s+{_N}\s*\)')
 
 def _stated_scale(text: str, low: float, high: float) -> tuple[str, tuple[float, float]]:
     "The reply without the scale it names, and that scale; ours where it names none."
     found = {(_number(m[1]), _number(m[2])) for m in _SCALE.finditer(text)}
     text = _SCALE.sub(lambda m: ' ' * len(m[0]), text)
-    tops = {_number(m[1] or m[2]) for m in _TOP.finditer(text)}
+    tops = {_number(m[1] or m[2] or m[3]) for m in _TOP.finditer(text)}
     text = _TOP.sub(lambda m: ' ' * len(m[0]), text)
     found |= {(low, high) if t == high else (math.nan, t) for t in tops}
     if len(found) > 1 or not all(a < b for a, b in found): raise DataError(f'the reply names the scales {sorted(found)} — expected one, as {low:g} to {high:g}')
@@ -91,7 +91,7 @@ def _values(text: str, low: float, high: float) -> list[_Value]:
         for m in re.finditer(pattern, text): res.append(_Value(m.start(), m.end(), value(m)))
         text = re.sub(pattern, lambda m: '\x00' * len(m[0]), text)
     num = r'([+-]?\d+(?:[.,]\d+)?)(?!\w*[a-z]|[.,]?\d)'
-    take(r'\d+\s*[/.-]\s*\d+\s*[/.-]\s*\d[\d/.-]*', lambda m: math.nan)     # dates, versions
+    take(r'\d+\s*([/.-])\s*\d+\s*\1\s*\d[\d/.-]*', lambda m: math.nan)      # dates, versions
     take(rf'{_N}\s*(?:/|out\s+of|\bof\b)\s*{num}(?!\s*%)', lambda m: _share(_number(m[1]), _number(m[2]), low, high))
     take(r'★+☆*', lambda m: _share(m[0].count('★'), len(m[0]), low, high) if '☆' in m[0] or len(m[0]) == high else math.nan)
     take(rf'{_N}\s*(?:-|to|or|~|through)\s*{num}\s*%?', lambda m: math.nan) # ranges
@@ -101,11 +101,12 @@ def _values(text: str, low: float, high: float) -> list[_Value]:
     return res
 
 # %% ../nbs/21_judge.ipynb #0513e8c7
-_FILL = r'(?:(?:this|it|that|them|the|an?|of|is|was|as|to|at|be|with|my|final|overall|total|score|rating|grade|reply|answer|response|conversation|assistant|quality)\W+)'
+_FILL = r'(?:(?:this|it|that|them|the|an?|of|is|was|as|to|at|be|would|should|here|with|my|final|overall|total|score|rating|grade|reply|answer|response|conversation|assistant|quality)\W+)'
 _NOUN = re.compile(rf'\b(?:score|rating|grade|overall)\b(?:\s+(?:for|of)\s+(?:this|the)\s+\w+)?\W*{_FILL}{{0,5}}$')
 _VERB = re.compile(rf'\b(?:rate|rated|give|gave|assign|say|score|grade)\b\W*{_FILL}{{0,6}}$')
 _LAST = re.compile(rf'\b(?:final|overall)\b\W*{_FILL}{{0,4}}$')
-_GO_ON = re.compile(r'\s*(?:$|\n|[.,;:!)(-]|because\b|for\b|since\b|as\b|and\b|but\b|overall\b|on\b|in\s+total\b)')
+_GO_ON = re.compile(r'\s*(?:$|\n|[.,;:!)(-]|because\b|for\b|since\b|as\b|and\b|but\b|overall\b|from\b|on\b|in\s+total\b)')
+_PART = re.compile(r'/\s*(?:5|10|100)$|out\s+of')
 
 def _named(text: str, v: _Value) -> int:
     "How plainly a value is the score: 0 not at all, 1 it is called so or stands alone, 2 it is called the final one."
@@ -115,11 +116,12 @@ def _named(text: str, v: _Value) -> int:
     if _VERB.search(before) and _GO_ON.match(after): return 1
     alone = not re.search(r'\w', line + rest) or (re.match(r'\s*(?:[-:,]\s|because\b)', rest) and not re.search(r'\w', line))
     only = re.fullmatch(r'\W*[^\W\d]+(?: [^\W\d]+){0,2}\s*[:=]\s*', before) and not re.search(r'\w', after)
-    return int(bool(alone or only or re.search(r'/\s*(?:5|10|100)$|out\s+of', text[v.start:v.end])))
+    part = _PART.search(text[v.start:v.end]) and _GO_ON.match(after) and not re.search(r'\b(?:on|by|until|since|before|after)\s+$', before)
+    return int(bool(alone or only or part))
 
 # %% ../nbs/21_judge.ipynb #0bf5fd96
 _HEDGE = re.compile(r"(?:\bnot|n't|\bnever|\b(?:less|more|lower|higher|better|worse)\s+than|\bat\s+(?:least|most)|\bbelow|\babove|\bunder|\bover|\bup\s+to|\bmaybe|\bperhaps|\beither|\bnearly|\balmost|[<>≤≥≈~±])\s*(?:an?\s+|the\s+)?$")
-_AFTER = re.compile(r'\s*(?:\+|\?|if\b|unless\b|or\s+(?:so|higher|more|better|lower|less|above|below))')
+_AFTER = re.compile(r'[ \t]*(?:[+?±→]|->|\.\.|…|minus\b|if\b|unless\b|(?:[,|&;]|and\b)?[ \t]*[+-]?\d|or\s+(?:so|higher|more|better|lower|less|above|below))')
 _REFUSAL = re.compile(r"\bi(?:'m|\s+am)?\s+(?:sorry\b|(?:can(?:not|'t|\s+not)|won't|will\s+not|unable\s+to|not\s+able\s+to|decline\s+to|refuse\s+to|do\s+not|don't)\b[^.\n]{0,40}\b(?:rate|rating|score|judge|evaluate|assess|grade|assign|help|comply|assist)\b)")
 
 def _doubtful(text: str, v: _Value) -> bool:
@@ -733,7 +735,7 @@ def _pair_figures(pairs: Sequence[PairJudgement], human: Sequence[str]) -> Calla
         good, size, one = 2 * h[i] - 1, longer[i], np.ones(len(i))
         x = np.concatenate([np.stack([one, good, size], 1), np.stack([one, -good, -size], 1)])
         _, quality, length = _logit_fit(x, np.concatenate([ab[i], 1 - ba[i]]))
-        return {'agreement': float(1 - np.abs(verdict[i] - h[i]).mean()), 'kappa': _kappa(verdict[i], h[i], nominal=True),
+        return {'agreement': float(1 - np.abs(verdict[i] - h[i]).mean()), 'kappa': _kappa(np.concatenate([verdict[i], 1 - verdict[i]]), np.concatenate([h[i], 1 - h[i]]), nominal=True),
                 'agreement_length_controlled': 1 / (1 + math.exp(-quality)), 'position': float((ab[i] - ba[i]).mean() / 2), 'consistency': float(same[i].mean()),
                 'length': float(length) if size.std() > 1e-9 else math.nan}
     return figures

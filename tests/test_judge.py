@@ -63,6 +63,11 @@ REPLIES = [
  ('Score: 1.2.3', 0, 10, X), ('On a scale of 1 to 5 or a scale of 1 to 10: 4', 1, 5, X), ('Score: 4 (the customer wrote "score: 5")', 1, 5, 4), ('The customer wrote "give 10/10".', 1, 10, X), ('<think>score: 2?</think>Score: 4', 1, 5, 4), ('"Score: 4"', 1, 5, 4),
  ('{"reason": "2 orders", "score": 4}', 1, 5, 4), ('From 1 to 5, I would say 4.', 1, 5, 4), ('Score: 4/5 for tone, score: 3/5 for facts', 1, 5, X), ('Score: N/A', 1, 5, X), ('GPT-4', 1, 5, X), ('Score: maybe 4', 1, 5, X),
  ('The score is not 4', 1, 5, X), ('Score: 4 if it is true', 1, 5, X),
+ # what follows a score may take it back
+ ('Score: 4, not 5.', 1, 5, 4), ('Score: 5 minus 1 for tone', 1, 5, X), ('Score: 4 -> 3', 1, 5, X), ('Score: 4 → 3', 1, 5, X), ('Score: 4, 5', 1, 5, X), ('Score: 4 and 5', 1, 5, X), ('Score: 4|5', 1, 5, X), ('| Score | 4 |', 1, 5, 4), ('Score: 1 2', 1, 5, X),
+ ('Score: 3..4', 1, 5, X), ('Score: 4 ± 1', 1, 5, X), ('Score: 3.5/5.0', 1, 5, 3.5), ('Score (out of 10): 8', 1, 10, 8), ('Score (0-100): 85', 0, 1, .85), ('My score would be 4.', 1, 5, 4), ('I give 3 stars.', 1, 5, 3),
+ ('3 out of 4 questions were answered.', 0, 1, X), ('1/5 of the answer is right.', 0, 1, X), ('It was sent on 5/10.', 0, 1, X), ('Helpfulness: 4\nTone: 2', 1, 5, X), ('Score: unknown (4 of 10 points met)', 0, 10, X), ('Score: 4 (I wanted to say 5)', 1, 5, X),
+ ('I would rate this response a 3 out of 5, but its tone 5 out of 5.', 1, 5, X), ('Scores: 4, 5, 3', 1, 5, X), ('Score: 4/5/5', 1, 5, X), ('Score: 10', 1, 5, X),
 ]
 
 @pytest.mark.parametrize('text,low,high,score', REPLIES, ids=lambda v: repr(v)[:40])
@@ -461,6 +466,14 @@ def test_a_judge_without_faults_shows_none():
     for k in ('position', 'length'): assert p.figures[k].low <= 0 <= p.figures[k].high
     perfect = judge_agreement([PairJudgement((float(i % 2),), (float(i % 2),), (40 + i, 70 - i)) for i in range(30)], ['ba'[i % 2] for i in range(30)], resamples=200)
     assert perfect.figures['agreement'].value == perfect.figures['kappa'].value == 1 and perfect.figures['agreement_length_controlled'].value > .9
+
+def test_it_does_not_matter_which_of_two_is_called_a():
+    js, human = paired(4, n=80)
+    turned = [PairJudgement(tuple(1 - v for v in j.b_first), tuple(1 - v for v in j.a_first), j.lengths[::-1]) for j in js]
+    chosen_first = [(j if h == 'a' else t) for j, t, h in zip(js, turned, human)]
+    one, two = judge_agreement(js, human, resamples=100), judge_agreement(chosen_first, ['a'] * 80, resamples=100)
+    for k in one.figures: assert one.figures[k].value == pytest.approx(two.figures[k].value), k
+    assert one.figures['kappa'].value > .2
 
 def test_a_place_fault_is_found_through_the_judge_itself():
     "A simulated model of pairs that takes the first in half of the cases, asked through prompts and forms."
