@@ -307,7 +307,8 @@ def test_answers_are_kept_apart_by_all_that_matters(tmp_path):
     n = len(b.asked); b.name = 'another model'
     soon(LLMJudge(b, **base).score(TALK))
     assert len(b.asked) == n + 1
-    with pytest.raises(ConfigError, match='names its model'): LLMJudge(StubBackend(), cache=tmp_path)
+    class Nameless(Asked): __repr__ = object.__repr__
+    with pytest.raises(ConfigError, match='names its model'): LLMJudge(Nameless(marks()), cache=tmp_path)
 
 def test_bad_answers_are_not_kept_and_broken_files_are_named(tmp_path):
     said = iter([9, 4])
