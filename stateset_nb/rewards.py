@@ -68,7 +68,7 @@ class RewardResult(Record):
     components: dict[str, float] = field(default_factory=dict, hash=False)  # the parts of the score, by name
     explanation: str = ''       # why, for a person
     metadata: dict[str, Any] = field(default_factory=dict, hash=False)      # how it was found, for a program
-    turn_rewards: tuple[float, ...] = ()  # what each of the agent's messages earned, summing to `reward`; empty: only the whole is known
+    turn_rewards: tuple[float, ...] = field(default=(), repr=False)  # what each of the agent's messages earned, summing to `reward`; empty: only the whole is known
 
     def __post_init__(self) -> None:
         s = _number(self.score, 'score')
@@ -84,7 +84,8 @@ class RewardResult(Record):
     def _repr_html_(self) -> str:
         bar = '<tr><td>{}</td><td><div style="background:#2b5fb3;height:.7em;width:{:.0f}px"></div></td><td>{:.2f}</td></tr>'
         rows = ''.join(bar.format(html.escape(k), 120 * min(max(v, 0), 1), v) for k, v in {'score': self.score, **self.components}.items())
-        return f'<div style="max-width:46em"><table>{rows}</table><small>{html.escape(self.explanation)}</small></div>'
+        turns = ' · by turn: ' + ', '.join(f'{v:+.2f}' for v in self.turn_rewards) if self.turn_rewards else ''
+        return f'<div style="max-width:46em"><table>{rows}</table><small>{html.escape(self.explanation)}{turns}</small></div>'
 
 # %% ../nbs/20_rewards.ipynb #78552e70
 def pay_by_turn(
