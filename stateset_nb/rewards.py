@@ -4,18 +4,22 @@
 
 # %% ../nbs/20_rewards.ipynb #b61db70d
 from __future__ import annotations
-import copy, html, inspect, math, numbers, random, re, unicodedata
+import copy, html, importlib, inspect, json, logging, math, numbers, random, re, unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
 from typing import Any, ClassVar
-from .core import (BackendError, ConfigError, Conversation, DataError, Message, MissingDependency, NotTrained, Record, Scenario, StateSetError, as_messages,
-                              check_keys, demo_conversations, gather)
+from .core import (BackendError, ConfigError, Conversation, DataError, Message, MissingDependency, NotTrained, Preference, Record, RewardExample, Scenario,
+                              StateSetError, as_messages, check_keys, demo_conversations, gather, read_jsonl)
 
 # %% auto #0
-__all__ = ['EpisodeContext', 'RewardError', 'RewardResult', 'RewardFunction', 'reward_function', 'HelpfulnessReward',
-           'SafetyReward', 'TaskCompletionReward', 'CompositeReward', 'create_customer_service_reward', 'RewardSignal',
-           'RewardReport', 'check_reward']
+__all__ = ['EpisodeContext', 'RewardError', 'NotApplicable', 'RewardResult', 'pay_by_turn', 'RewardFunction', 'reward_function',
+           'HelpfulnessReward', 'SafetyReward', 'TaskCompletionReward', 'expect', 'forbid', 'ToolCallReward',
+           'JSONSchemaReward', 'ScoreCap', 'CompositeReward', 'TurnwiseReward', 'create_customer_service_reward',
+           'CueReward', 'create_technical_support_reward', 'create_sales_reward', 'create_education_reward',
+           'RewardSignal', 'RewardReport', 'check_reward', 'support_labels', 'support_preferences']
 
 # %% ../nbs/20_rewards.ipynb #9c1714b2
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class EpisodeContext(Record):
 
 # %% ../nbs/20_rewards.ipynb #914172c1
 class RewardError(DataError):
-    "A reward gave something that is no reward; `rule` says how: 'type', 'range' or 'finite'."
+    "A reward gave something that is no reward; `rule` says how: 'type', 'range', 'finite', 'turns' or 'none'."
     def __init__(
         self,
         message: str,        # what was seen, what was expected, what to do
@@ -42,6 +46,9 @@ class RewardError(DataError):
     ) -> None:
         super().__init__(message)
         self.rule = rule
+
+class NotApplicable(RewardError):
+    "A reward has nothing to say about this talk: no zero, and no failure."
 
 # %% ../nbs/20_rewards.ipynb #a406932c
 def _number(value: Any, what: str) -> float:
@@ -61,6 +68,7 @@ class RewardResult(Record):
     components: dict[str, float] = field(default_factory=dict, hash=False)  # the parts of the score, by name
     explanation: str = ''       # why, for a person
     metadata: dict[str, Any] = field(default_factory=dict, hash=False)      # how it was found, for a program
+    turn_rewards: tuple[float, ...] = field(default=(), repr=False)  # what each of the agent's messages earned, summing to `reward`; empty: only the whole is known
 
     def __post_init__(self) -> None:
         s = _number(self.score, 'score')
@@ -68,11 +76,29 @@ class RewardResult(Record):
         object.__setattr__(self, 'score', s)
         object.__setattr__(self, 'reward', s if self.reward is None else _number(self.reward, 'reward'))
         object.__setattr__(self, 'components', {k: _number(v, f'components[{k!r}]') for k, v in self.components.items()})
+        object.__setattr__(self, 'turn_rewards', tuple(_number(v, f'turn_rewards[{i}]') for i, v in enumerate(self.turn_rewards)))
+        total = math.fsum(self.turn_rewards)
+        if self.turn_rewards and not math.isclose(total, self.reward, rel_tol=1e-6, abs_tol=1e-6):
+            raise RewardError(f'turn_rewards sum to {total:.6g} and reward={self.reward:.6g} — must agree — pay each turn what it added', 'turns')
 
     def _repr_html_(self) -> str:
         bar = '<tr><td>{}</td><td><div style="background:#2b5fb3;height:.7em;width:{:.0f}px"></div></td><td>{:.2f}</td></tr>'
         rows = ''.join(bar.format(html.escape(k), 120 * min(max(v, 0), 1), v) for k, v in {'score': self.score, **self.components}.items())
-        return f'<div style="max-width:46em"><table>{rows}</table><small>{html.escape(self.explanation)}</small></div>'
+        turns = ' · by turn: ' + ', '.join(f'{v:+.2f}' for v in self.turn_rewards) if self.turn_rewards else ''
+        return f'<div style="max-width:46em"><table>{rows}</table><small>{html.escape(self.explanation)}{turns}</small></div>'
+
+# %% ../nbs/20_rewards.ipynb #78552e70
+def pay_by_turn(
+    result: RewardResult,  # what a reward said of the whole talk
+    turns: int,            # how many of its last messages by the agent were played
+) -> list[float]:          # one for each, summing to `result.reward`
+    "A result as rewards of turns."
+    if turns < 1: raise DataError(f'turns={turns} — must be at least 1: without a turn of the agent there is nobody to pay')
+    if not result.turn_rewards: return [0.0] * (turns - 1) + [result.reward]
+    given = len(result.turn_rewards) - turns
+    if given < 0: raise RewardError(f'{len(result.turn_rewards)} turn_rewards for {turns} turns — expected one for each message of the agent', 'turns')
+    own = list(result.turn_rewards[given:])
+    return [own[0] + math.fsum(result.turn_rewards[:given]), *own[1:]]
 
 # %% ../nbs/20_rewards.ipynb #2c94f1d6
 def _blame(name: str, e: Exception) -> StateSetError:
@@ -81,7 +107,8 @@ def _blame(name: str, e: Exception) -> StateSetError:
     kind = next((k for k in family if isinstance(e, k)), StateSetError)
     text = str(e) if isinstance(e, StateSetError) else f'{type(e).__name__}: {e}'
     if not text.startswith(f'reward {name!r}'): text = f'reward {name!r}: {text}'
-    return RewardError(text, e.rule) if isinstance(e, RewardError) else kind(text)
+    if isinstance(e, RewardError): return (NotApplicable if isinstance(e, NotApplicable) else RewardError)(text, e.rule)
+    return kind(text)
 
 # %% ../nbs/20_rewards.ipynb #8cda6f4a
 def _checked(name: str, result: Any) -> RewardResult:
@@ -103,7 +130,7 @@ class RewardFunction(ABC):
 
     def __init_subclass__(cls, **kw: Any) -> None:
         super().__init_subclass__(**kw)
-        if 'name' not in cls.__dict__: cls.name = cls.__name__
+        if 'name' not in cls.__dict__: cls.name = cls.__name__  # type: ignore[assignment]  # of the class it is text, of an instance the property below
 
     @abstractmethod
     async def compute_reward(
@@ -124,16 +151,47 @@ class RewardFunction(ABC):
             except Exception as e: raise _blame(self.name, e) from e
         return await gather(one, _paired(list_of_turns, contexts))
 
+    async def __call__(
+        self,
+        prompts: Sequence[Any],                     # B texts or talks so far
+        completions: Sequence[Any],                 # B texts, or what was said after
+        scenario: Sequence[Any] | None = None,      # B scenarios, as JSON text or objects: a column of the dataset
+        **columns: Any,                             # whatever else TRL hands over; not read
+    ) -> list[float | None]:                        # the rewards; None where it cannot say
+        "Called as TRL calls a reward function."
+        return await _as_trl(self, prompts, completions, scenario)
+
+    @property
+    def __name__(self) -> str:  # what TRL logs it under
+        "The reward's name."
+        return self.name
+
 # %% ../nbs/20_rewards.ipynb #5f378a7c
 def _as_result(name: str, value: Any) -> RewardResult:
     "What a user's function returned, as a result."
     if isinstance(value, RewardResult): return value
+    if value is None: raise NotApplicable(f'{name}() returned None, so it has no reward for this talk — return a number, or name it in optional=(...) of a CompositeReward', 'none')
     if not isinstance(value, dict): return RewardResult(_number(value, f'{name}()'))
     if not value: raise RewardError(f'{name}() returned no components — expected at least one number by name')
     parts = {k: RewardResult(v).score for k, v in value.items()}
     return RewardResult(math.fsum(parts.values()) / len(parts), components=parts)
 
 # %% ../nbs/20_rewards.ipynb #9ed30055
+def _find(module: str, name: str) -> Any:
+    "What a module calls by a dotted name, or None."
+    found: Any = None
+    try: found = importlib.import_module(module)
+    except ImportError: return None
+    for part in name.split('.'): found = vars(found).get(part) if isinstance(found, type) or inspect.ismodule(found) else None
+    return found
+
+def _unpickled(module: str, name: str) -> Any:
+    "The reward that a module has under a name."
+    found = _find(module, name)
+    if not isinstance(found, RewardFunction): raise ConfigError(f'{module}.{name} is no reward in this process — put it at the top of a module that both processes import')
+    return found
+
+# %% ../nbs/20_rewards.ipynb #64f682e9
 class _FunctionReward(RewardFunction):
     "A reward made of a plain function."
     def __init__(self, function: Callable[..., Any], name: str, for_verdict: bool, takes_context: bool) -> None:
@@ -146,6 +204,16 @@ class _FunctionReward(RewardFunction):
             value = self.function(*args)
             return _as_result(self.name, await value if inspect.isawaitable(value) else value)
         except Exception as e: raise _blame(self.name, e) from e
+
+    def __copy__(self) -> _FunctionReward: return self
+    def __deepcopy__(self, memo: dict[int, Any]) -> _FunctionReward: return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        f = self.function
+        found = _find(f.__module__, f.__qualname__)
+        if found is self: return _unpickled, (f.__module__, f.__qualname__)
+        if found is f: return super().__reduce_ex__(protocol)
+        raise ConfigError(f'reward {self.name!r} is made of {f.__module__}.{f.__qualname__}, which pickle cannot find — write it with def at the top of a module, no lambda and not inside a function')
 
 # %% ../nbs/20_rewards.ipynb #cff7be61
 def reward_function(
@@ -162,6 +230,30 @@ def reward_function(
             raise ConfigError(f'{f.__name__}({", ".join(p.name for p in params)}) — a reward is a function of (turns) or (turns, context) — rename or drop arguments')
         return _FunctionReward(f, name or f.__name__, for_verdict, len(params) > 1)
     return make if function is None else make(function)
+
+# %% ../nbs/20_rewards.ipynb #178c2a33
+async def _one_by_one(reward: RewardFunction, talks: Sequence[tuple[Any, EpisodeContext | None]]) -> list[float | None]:
+    "The reward of each talk, None where there is none; raises when all of them fail."
+    errors: list[Exception] = []
+    async def one(pair: tuple[Any, EpisodeContext | None]) -> float | None:
+        try: return (await reward.compute_rewards([pair[0]], [pair[1]]))[0].reward
+        except NotApplicable: return None
+        except Exception as e: errors.append(e)
+        return None
+    res = await gather(one, talks)
+    if errors and all(r is None for r in res): raise errors[0]
+    if errors: logging.getLogger(__name__).warning('%d of %d answers have no reward and are left out — the first error: %s', len(errors), len(talks), errors[0])
+    return res
+
+# %% ../nbs/20_rewards.ipynb #cfd16a78
+async def _as_trl(reward: RewardFunction, prompts: Sequence[Any], completions: Sequence[Any], scenario: Sequence[Any] | None) -> list[float | None]:
+    "The rewards of a batch of TRL."
+    def said(role: str, text: Any) -> tuple[Message, ...]: return (Message(role, text),) if isinstance(text, str) else as_messages(text)
+    def known(s: Any) -> EpisodeContext: return EpisodeContext(s if isinstance(s, Scenario) else Scenario.from_dict(json.loads(s) if isinstance(s, str) else s))
+    talks = [(*said('user', p), *said('assistant', c)) for p, c in zip(prompts, completions, strict=True)]
+    contexts = [None] * len(talks) if scenario is None else [known(s) for s in scenario]
+    try: return [r.reward for r in await reward.compute_rewards(talks, contexts)]
+    except Exception: return await _one_by_one(reward, _paired(talks, contexts))
 
 # %% ../nbs/20_rewards.ipynb #a6801fdf
 _QUOTES = str.maketrans('’‘ʼ´`', "'" * 5)
@@ -533,7 +625,166 @@ class TaskCompletionReward(RewardFunction):
                             explanation='all checks met' if not missed else 'missed: ' + '; '.join(missed))
 
 # %% ../nbs/20_rewards.ipynb #acc25838
-def _shares(names: Sequence[str], weights: Sequence[float] | dict[str, float] | None, gates: Sequence[str]) -> dict[str, float]:
+class _TextReward(RewardFunction):
+    "Texts and patterns that an agent should, or should not, say."
+    def __init__(self, what: Sequence[Any], wanted: bool, last: bool, name: str) -> None:
+        if not what: raise ConfigError(f'{name}() of nothing — expected texts, lists of wordings or compiled patterns')
+        for w in what:
+            texts = [w] if isinstance(w, str) else w
+            if isinstance(w, re.Pattern): continue
+            if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(t, str) and _words(_sentences(t)) for t in texts):
+                raise ConfigError(f'{name}({w!r:.60}) — expected text with a word in it, a list of such texts, or re.compile(...)')
+        self.what, self.wanted, self.last, self.name = tuple(what), wanted, last, name
+
+    async def compute_reward(self, turns: Sequence[Message], context: EpisodeContext | None = None) -> RewardResult:
+        "The share of what was expected, or 0 as soon as something forbidden was said."
+        texts = [m.text for m in as_messages(turns) if m.role == 'assistant'][-1 if self.last else 0:]
+        raw, said = '\n'.join(texts), ' '.join(['', *_words(_sentences('\n\n'.join(texts))), ''])
+        hit = [bool(w.search(raw)) if isinstance(w, re.Pattern) else _stated(w, said) for w in self.what]
+        named = [w.pattern if isinstance(w, re.Pattern) else w for w, h in zip(self.what, hit) if h != self.wanted]
+        score = sum(hit) / len(hit) if self.wanted else float(not any(hit))
+        return RewardResult(score, explanation=('not said: ' if self.wanted else 'said: ') + repr(named)[1:-1] if named else 'as wanted', metadata={'missing' if self.wanted else 'found': named})
+
+# %% ../nbs/20_rewards.ipynb #b0ab8535
+def expect(
+    *what: str | Sequence[str] | re.Pattern[str],  # each a text, a list of wordings of it, or a pattern
+    last: bool = False,                            # look at the agent's last message alone
+    name: str = 'expect',                          # names its component
+) -> RewardFunction:                               # scores the share that was said
+    "A reward for saying what must be said."
+    return _TextReward(what, True, last, name)
+
+# %% ../nbs/20_rewards.ipynb #38d07cdd
+def forbid(
+    *what: str | Sequence[str] | re.Pattern[str],  # each a text, a list of wordings of it, or a pattern
+    last: bool = False,                            # look at the agent's last message alone
+    name: str = 'forbid',                          # names its component
+) -> RewardFunction:                               # 1, or 0 as soon as one of them was said
+    "A reward for not saying what must not be said; a natural gate."
+    return _TextReward(what, False, last, name)
+
+# %% ../nbs/20_rewards.ipynb #8a7d74c0
+def _tool(t: Any, where: str) -> tuple[str, dict[str, Any]]:
+    "(name, arguments) of a wanted call."
+    if isinstance(t, str): return t, {}
+    if not isinstance(t, dict) or not isinstance(t.get('name'), str) or not isinstance(t.get('arguments', {}), dict):
+        raise ConfigError(f'{where}: {t!r:.80} — expected a tool\'s name or {{"name": text, "arguments": dict}}')
+    check_keys(t, ('name', 'arguments'), where, ConfigError)
+    return t['name'], t.get('arguments', {})
+
+def _made_calls(turns: Sequence[Message], context: EpisodeContext | None) -> list[tuple[str, dict[str, Any]]]:
+    "(name, arguments) of each call: from the log, without those that failed, or from the messages when there is no log."
+    if context is not None and context.tool_log: return [(row['name'], row.get('arguments', {})) for row in context.tool_log if row.get('error') is None]
+    def read(c: Any) -> dict[str, Any]:
+        try: return c.parsed()
+        except DataError: return {}   # not JSON: the tool was named, and no argument was right
+    return [(c.name, read(c)) for m in turns if m.role == 'assistant' for c in m.tool_calls]
+
+# %% ../nbs/20_rewards.ipynb #f89f473d
+def _call_credit(want: tuple[str, dict[str, Any]], made: tuple[str, dict[str, Any]], for_name: float) -> float:
+    "How right a call is, 0..1."
+    if want[0] != made[0]: return 0.0
+    if not want[1]: return 1.0
+    right = sum(k in made[1] and _within(v, made[1][k]) for k, v in want[1].items())
+    return for_name + (1 - for_name) * right / len(want[1])
+
+# %% ../nbs/20_rewards.ipynb #120d7f31
+def _pair_up(credits: list[list[float]], ordered: bool) -> tuple[float, int]:
+    "(credit, pairs) of the best pairing of wanted calls (rows) with made ones (columns)."
+    if not credits or not credits[0]: return 0.0, 0
+    if not ordered:
+        from scipy.optimize import linear_sum_assignment
+        pairs = [credits[i][j] for i, j in zip(*linear_sum_assignment(credits, maximize=True))]
+        return math.fsum(pairs), sum(c > 0 for c in pairs)
+    best = [(0.0, 0)] * (len(credits[0]) + 1)
+    for row in reversed(credits):
+        new = [(0.0, 0)]
+        for j in reversed(range(len(row))): new.append(max(new[-1], best[j], (row[j] + best[j + 1][0], best[j + 1][1] + 1) if row[j] else (0.0, 0)))
+        best = new[::-1]
+    return best[0]
+
+# %% ../nbs/20_rewards.ipynb #f0b1f778
+class ToolCallReward(RewardFunction):
+    "Were the right tools called, with the right arguments? Partial credit for a call that is partly right; failed calls earn nothing."
+    name = 'tool_calls'
+
+    def __init__(
+        self,
+        expected: Sequence[str | dict[str, Any]] | None = None,  # names, or name and arguments; the scenario's goal['tools'] unless given
+        ordered: bool = False,     # must they come in this order?
+        for_name: float = 0.4,     # 0..1; credit for the right tool with no argument right
+        extra_cost: float = 0.1,   # 0..1; taken off for each call too many, repeated ones included
+    ) -> None:
+        for k, v in (('for_name', for_name), ('extra_cost', extra_cost)):
+            if not 0 <= v <= 1: raise ConfigError(f'{k}={v} — must lie in 0..1')
+        self.expected = None if expected is None else [_tool(t, f'expected[{i}]') for i, t in enumerate(expected)]
+        self.ordered, self.for_name, self.extra_cost = ordered, for_name, extra_cost
+
+    async def compute_reward(self, turns: Sequence[Message], context: EpisodeContext | None = None) -> RewardResult:
+        "The mean credit of the wanted calls, less the cost of the others; raises `DataError` when nobody said which are wanted."
+        goal, want = context.scenario.goal if context and context.scenario else {}, self.expected
+        if want is None:
+            if 'tools' not in goal: raise DataError(f'{self.name} does not know which calls are wanted — give expected=[...] or context.scenario.goal["tools"]')
+            want = [_tool(t, f'goal["tools"][{i}]') for i, t in enumerate(goal['tools'])]
+        made = _made_calls(as_messages(turns), context)
+        credit, pairs = _pair_up([[_call_credit(w, m, self.for_name) for m in made] for w in want], self.ordered)
+        matched = credit / len(want) if want else float(not made)
+        extra = len(made) - pairs
+        return RewardResult(max(0.0, matched - self.extra_cost * extra), components={'matched': matched, 'economy': max(0.0, 1 - self.extra_cost * extra)},
+                            explanation=f'{pairs} of {len(want)} wanted calls made, {extra} too many', metadata={'pairs': pairs, 'extra': extra})
+
+# %% ../nbs/20_rewards.ipynb #29a6848a
+_FENCE = re.compile(r'\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*', re.S | re.I)
+
+def _json_of(text: str) -> Any:
+    "The JSON value a reply is, alone or in one code fence; raises `ValueError`."
+    m = _FENCE.fullmatch(text)
+    def refuse(word: str) -> None: raise ValueError(f'{word} is no JSON')
+    try: return json.loads(m[1] if m else text, parse_constant=refuse)
+    except RecursionError: raise ValueError('brackets without end') from None
+
+# %% ../nbs/20_rewards.ipynb #1a7472dc
+class JSONSchemaReward(RewardFunction):
+    "Is the agent's last message JSON that keeps a schema? 1 or 0; the explanation says what is wrong. References to other files are not followed."
+    name = 'json_schema'
+
+    def __init__(
+        self,
+        schema: dict[str, Any],  # JSON Schema, draft 2020-12 unless it names another
+    ) -> None:
+        from jsonschema.exceptions import SchemaError
+        from jsonschema.validators import validator_for
+        try: validator_for(schema).check_schema(schema)
+        except SchemaError as e: raise ConfigError(f'schema at {e.json_path}: {e.message:.120} — correct the schema') from None
+        self.schema = copy.deepcopy(schema)
+
+    def _faults(self, text: str) -> list[str]:
+        from jsonschema.validators import validator_for
+        from referencing import Registry
+        from referencing.exceptions import Unresolvable
+        try: value = _json_of(text)
+        except ValueError as e: return [f'no JSON: {e}']
+        try: return [f'{e.json_path}: {e.message:.100}' for e in validator_for(self.schema)(self.schema, registry=Registry()).iter_errors(value)]
+        except Unresolvable as e: raise ConfigError(f'the schema refers to {e.ref!r}, which is not in it — put what it means under "$defs"') from None
+
+    async def compute_reward(self, turns: Sequence[Message], context: EpisodeContext | None = None) -> RewardResult:
+        "1 when the last message of the agent keeps the schema."
+        said = [m.text for m in as_messages(turns) if m.role == 'assistant']
+        faults = self._faults(said[-1]) if said else ['the agent said nothing']
+        return RewardResult(float(not faults), explanation='; '.join(faults[:3]) or 'keeps the schema', metadata={'faults': len(faults)})
+
+# %% ../nbs/20_rewards.ipynb #2560bc1f
+@dataclass(frozen=True)
+class ScoreCap(Record):
+    "A gate with a threshold: when its part scores below `below`, the whole scores at most `at`."
+    below: float      # 0..1; the part's score from which on it says nothing
+    at: float = 0.0   # 0..1; the most the whole may score
+
+    def __post_init__(self) -> None:
+        if not 0 < self.below <= 1 or not 0 <= self.at < 1: raise ConfigError(f'ScoreCap(below={self.below}, at={self.at}) — expected 0 < below <= 1 and 0 <= at < 1')
+
+# %% ../nbs/20_rewards.ipynb #85a6387c
+def _shares(names: Sequence[str], weights: Sequence[float] | dict[str, float] | None, gates: Iterable[str]) -> dict[str, float]:
     "The weights by name, summing to 1; a gate weighs nothing unless it is given a weight."
     if not names or len(set(names)) < len(names): raise ConfigError(f'rewards are named {", ".join(names) or "nothing"} — expected at least one, each with its own name')
     check_keys(gates, names, 'gates', ConfigError)
@@ -548,31 +799,56 @@ def _shares(names: Sequence[str], weights: Sequence[float] | dict[str, float] | 
     return {n: weights.get(n, 0.0) / math.fsum(weights.values()) for n in names}
 
 # %% ../nbs/20_rewards.ipynb #a2e5ed57
-def _mix(parts: dict[str, RewardResult], weights: dict[str, float], gates: Sequence[str]) -> RewardResult:
-    "The parts of one talk as one result."
-    gate = min((parts[g].score for g in gates), default=1.0)
-    moved = [n for n, r in parts.items() if r.reward != r.score]
-    if gates and moved: raise ConfigError(f'{", ".join(moved)} is calibrated and {", ".join(gates)} is a gate — a gate multiplies scores from 0 to 1 — calibrate the whole composite, or weigh without gates')
-    score = min(1.0, max(0.0, math.fsum(weights[n] * r.score for n, r in parts.items()))) * gate
-    reward = score if not moved else math.fsum(weights[n] * r.reward for n, r in parts.items())
-    why = ', '.join(f'{n} {r.score:.2f}' + (' (gate)' if n in gates else '') for n, r in parts.items())
-    below = {n: {'components': r.components, 'explanation': r.explanation, 'metadata': r.metadata} for n, r in parts.items()}
-    return RewardResult(score, reward, {n: r.score for n, r in parts.items()}, why, {'weights': dict(weights), 'gate': gate, 'parts': below})
+def _mixed_turns(parts: dict[str, RewardResult], weights: dict[str, float], reward: float) -> tuple[float, ...]:
+    "What each turn earned, from the parts that say so; all turns share what a gate takes off."
+    sizes = {len(r.turn_rewards) for n, r in parts.items() if r.turn_rewards and weights[n]}
+    if len(sizes) > 1: raise RewardError(f'parts with {sorted(sizes)} turn_rewards — expected one for each message of the agent', 'turns')
+    if not sizes: return ()
+    rows = [[weights[n] * v for v in pay_by_turn(r, max(sizes))] for n, r in parts.items()]
+    turns = [math.fsum(column) for column in zip(*rows)]
+    total = math.fsum(turns)
+    return tuple(v * reward / total for v in turns) if total else (0.0,) * (len(turns) - 1) + (reward,)
 
 # %% ../nbs/20_rewards.ipynb #0491bb00
+def _held(score: float, parts: dict[str, RewardResult], gates: dict[str, ScoreCap | None]) -> float:
+    "The score behind its gates."
+    low = min((parts[g].score for g, cap in gates.items() if cap is None), default=1.0)
+    return min([score * low, *(cap.at for g, cap in gates.items() if cap is not None and parts[g].score < cap.below)])
+
+def _mix(found: dict[str, RewardResult | None], weights: dict[str, float], gates: dict[str, ScoreCap | None]) -> RewardResult:
+    "The parts of one talk as one result; None is a part that has nothing to say."
+    parts = {n: r for n, r in found.items() if r is not None}
+    total = math.fsum(weights[n] for n in parts)
+    if not total: raise NotApplicable(f'no part that counts has a reward for this talk: {", ".join(n for n in found if n not in parts)} say nothing', 'none')
+    shares = {n: weights[n] / total for n in parts}
+    moved = [n for n, r in parts.items() if r.reward != r.score]
+    if gates and moved: raise ConfigError(f'{", ".join(moved)} is calibrated and {", ".join(gates)} is a gate — a gate multiplies scores from 0 to 1 — calibrate the whole composite, or weigh without gates')
+    mean = min(1.0, max(0.0, math.fsum(shares[n] * r.score for n, r in parts.items())))
+    score = _held(mean, parts, gates)
+    reward = score if not moved else math.fsum(shares[n] * r.reward for n, r in parts.items())
+    why = ', '.join(f'{n} {r.score:.2f}' + (' (gate)' if n in gates else '') if r is not None else f'{n} left out' for n, r in found.items())
+    below = {n: {'components': r.components, 'explanation': r.explanation, 'metadata': r.metadata} for n, r in parts.items()}
+    more = {'weights': shares, 'gate': score / mean if mean else 1.0, 'parts': below}
+    return RewardResult(score, reward, {n: r.score for n, r in parts.items()}, why, more, _mixed_turns(parts, shares, reward))
+
+# %% ../nbs/20_rewards.ipynb #c9344e03
 class CompositeReward(RewardFunction):
-    "The weighted mean of several rewards, times the lowest of its gates. A part that fails raises."
+    "The weighted mean of several rewards, held down by its gates. A part that fails raises."
     name = 'composite'
 
     def __init__(
         self,
         rewards: Sequence[RewardFunction],  # the parts, each with its own name
         weights: Sequence[float] | dict[str, float] | None = None,  # >= 0, by position or by name; divided by their sum; equal unless given
-        gates: Sequence[str] = (),          # names of parts that multiply the mean
+        gates: Sequence[str] | dict[str, ScoreCap | None] = (),     # names of parts that multiply the mean (None), or cap it
         name: str = 'composite',            # names the whole
+        optional: Sequence[str] = (),       # names of parts that may have nothing to say; no gates
     ) -> None:
-        self.rewards, self.gates, self.name = tuple(rewards), tuple(gates), name
+        self.rewards, self.optional, self.name = tuple(rewards), tuple(optional), name
+        self.gates: dict[str, ScoreCap | None] = dict(gates) if isinstance(gates, dict) else dict.fromkeys(gates)
         self.weights = _shares([r.name for r in self.rewards], weights, self.gates)
+        check_keys(self.optional, self.weights, 'optional', ConfigError)
+        if both := [n for n in self.optional if n in self.gates]: raise ConfigError(f'{", ".join(both)} is optional and a gate — a gate that says nothing would stand open — leave one of them out')
         self.for_verdict = all(r.for_verdict for r in self.rewards if self.weights[r.name] > 0 or r.name in self.gates)
 
     async def compute_reward(self, turns: Sequence[Message], context: EpisodeContext | None = None) -> RewardResult:
@@ -582,13 +858,54 @@ class CompositeReward(RewardFunction):
     async def compute_rewards(self, list_of_turns: Sequence[Sequence[Message]], contexts: Sequence[EpisodeContext | None] | None = None) -> list[RewardResult]:
         "Score many talks, each part in its own batch; an error names the part."
         pairs = _paired([as_messages(t) for t in list_of_turns], contexts)
-        async def ask(part: RewardFunction) -> list[RewardResult]:
-            try: res = [_checked(part.name, r) for r in await part.compute_rewards([t for t, _ in pairs], [c for _, c in pairs])]
-            except Exception as e: raise _blame(part.name, e) from e
-            if len(res) != len(pairs): raise RewardError(f'reward {part.name!r} gave {len(res)} results for {len(pairs)} talks — expected one each')
-            return res
-        columns = await gather(ask, self.rewards)
+        columns = await gather(lambda part: self._ask(part, pairs), self.rewards)
         return [_mix(dict(zip(self.weights, row)), self.weights, self.gates) for row in zip(*columns)]
+
+    async def _ask(self, part: RewardFunction, pairs: list[tuple[Any, EpisodeContext | None]]) -> list[RewardResult | None]:
+        async def one(pair: tuple[Any, EpisodeContext | None]) -> RewardResult | None:
+            try: return _checked(part.name, await part.compute_reward(*pair))
+            except NotApplicable: return None
+        try:
+            if part.name in self.optional: return await gather(one, pairs)
+            res: list[RewardResult | None] = [_checked(part.name, r) for r in await part.compute_rewards([t for t, _ in pairs], [c for _, c in pairs])]
+        except Exception as e: raise _blame(part.name, e) from e
+        if len(res) != len(pairs): raise RewardError(f'reward {part.name!r} gave {len(res)} results for {len(pairs)} talks — expected one each')
+        return res
+
+# %% ../nbs/20_rewards.ipynb #ee38ae0f
+def _known_by(context: EpisodeContext | None, later: Sequence[Message]) -> EpisodeContext | None:
+    "The context as it was before some later messages: without their calls, and without the final state."
+    if context is None or not later: return context
+    calls = sum(len(m.tool_calls) for m in later)
+    return replace(context, final_state={}, tool_log=context.tool_log[:max(0, len(context.tool_log) - calls)])
+
+# %% ../nbs/20_rewards.ipynb #6a408132
+class TurnwiseReward(RewardFunction):
+    "The same reward, told turn by turn: each of the agent's messages earns what the score changed with it."
+    def __init__(
+        self,
+        base: RewardFunction,  # asked about the talk as it stood after each turn
+    ) -> None:
+        self.base, self.name, self.for_verdict = base, base.name, base.for_verdict
+
+    async def compute_reward(self, turns: Sequence[Message], context: EpisodeContext | None = None) -> RewardResult:
+        "Score one talk and its beginnings."
+        return (await self.compute_rewards([turns], [context]))[0]
+
+    async def compute_rewards(self, list_of_turns: Sequence[Sequence[Message]], contexts: Sequence[EpisodeContext | None] | None = None) -> list[RewardResult]:
+        "Score many talks and their beginnings, all in one batch."
+        pairs = _paired([as_messages(t) for t in list_of_turns], contexts)
+        spoke = [[i for i, m in enumerate(t) if m.role == 'assistant'] for t, _ in pairs]
+        ends = [[*(i + 1 for i in at[:-1] if not t[i].tool_calls), len(t)] for (t, _), at in zip(pairs, spoke)]
+        asked = [(t[:e], _known_by(c, t[e:])) for (t, c), es in zip(pairs, ends) for e in es]
+        results = iter(await self.base.compute_rewards([t for t, _ in asked], [c for _, c in asked]))
+        return [self._paid(at, es, [next(results) for _ in es]) for at, es in zip(spoke, ends)]
+
+    def _paid(self, spoke: list[int], ends: list[int], results: list[RewardResult]) -> RewardResult:
+        worth = [r.reward for r in results]
+        gains = {e: now - before for e, now, before in zip(ends, worth, [0.0, *worth])}
+        turns = [gains.get(i + 1, 0.0) for i in spoke[:-1]] + [gains[ends[-1]]] * bool(spoke)
+        return replace(results[-1], turn_rewards=tuple(turns))
 
 # %% ../nbs/20_rewards.ipynb #00cad67c
 def create_customer_service_reward(
@@ -599,6 +916,142 @@ def create_customer_service_reward(
     if weights is None: weights = {'helpfulness': .4, 'task_completion': .6} if task else {'helpfulness': 1.0}
     parts: list[RewardFunction] = [HelpfulnessReward(), SafetyReward()] + ([TaskCompletionReward()] if task else [])
     return CompositeReward(parts, weights, gates=('safety',), name='customer_service')
+
+# %% ../nbs/20_rewards.ipynb #d75eb15e
+class CueReward(RewardFunction):
+    "How many of the things that a good reply needs are there, each found by its words. Word rules, no model: truth is not seen."
+    def __init__(
+        self,
+        cues: dict[str, str],  # a pattern for each, on sentences of plain lower-case words; a question ends in ' ?'
+        enough: int = 0,       # so many of them are full marks; all unless given
+        name: str = 'cues',    # names its component
+    ) -> None:
+        if not cues or not 0 <= enough <= len(cues): raise ConfigError(f'{len(cues)} cues and enough={enough} — expected at least one cue, and enough of them from 1 to all (0)')
+        self.cues, self.enough, self.name = {k: re.compile(v) for k, v in cues.items()}, enough or len(cues), name
+
+    async def compute_reward(self, turns: Sequence[Message], context: EpisodeContext | None = None) -> RewardResult:
+        "The share of the cues in the agent's messages, times how much they read like sentences."
+        text = '\n\n'.join(m.text for m in as_messages(turns) if m.role == 'assistant')
+        sentences = _sentences(text)
+        there = {k: float(any(p.search(' '.join(s)) for s in sentences)) for k, p in self.cues.items()}
+        lack = [k for k, v in there.items() if not v]
+        return RewardResult(min(1.0, sum(there.values()) / self.enough) * _form(text, sentences), components=there,
+                            explanation=(f'not seen: {", ".join(lack)}' if lack else 'every cue is there') + f' ({_UNSEEN})', metadata={'method': 'rules', 'language': 'en'})
+
+# %% ../nbs/20_rewards.ipynb #4dcf71a5
+class _NoAct(RewardFunction):
+    "1 unless the agent does what one of the patterns describes."
+    def __init__(self, name: str, acts: Sequence[str], unless: str = r'(?!)') -> None:
+        self.name, self.acts, self.unless = name, [re.compile(a) for a in acts], re.compile(unless)
+
+    async def compute_reward(self, turns: Sequence[Message], context: EpisodeContext | None = None) -> RewardResult:
+        "0 as soon as one sentence of the agent is such an act."
+        found = ''
+        for m in as_messages(turns):
+            if m.role != 'assistant' or found: continue
+            sentences = [' '.join(s) for s in _sentences(m.text)]
+            if not any(self.unless.search(s) for s in sentences): found = next((hit for s in sentences if (hit := _first(self.acts, s))), '')
+        return RewardResult(float(not found), explanation=(f'found: "{found[:80]}"' if found else 'nothing of the kind found') + f' ({_UNSEEN})', metadata={'method': 'rules', 'language': 'en', 'found': found})
+
+# %% ../nbs/20_rewards.ipynb #f55ef1ed
+_TECHNICAL = {
+    'a cause or a question': r' \?$|\b(?:because|cause|caused|causes|means|due to|usually|happens when|comes from)\b',
+    'steps': (r'(?:^|, |\b(?:then|first|next|now|please|and|to|you can|could you) )(?:open|click|go|select|choose|restart|reboot|unplug|plug|press|hold|install|update|uninstall|sign|log|check|enter|type|run'
+              r'|turn|switch|enable|remove|delete|clear|reset|connect|disconnect|wait|download|tap|copy|scan|try|pair|power|charge|replace|close|send|attach)\b'),
+    'a way to see whether it worked': (r'\b(?:if (?:it|that|this|the|they|you|nothing)|let (?:me|us) know|tell (?:me|us)|you (?:should|will) (?:now )?(?:see|hear|be able)|should (?:now |then )?(?:work|appear|light|show|be|come|turn|start)'
+                                       r'|works? again|still)\b')}
+_DESTROYS = [r'\b(?:format|wipe|erase) (?:the |your |this )?(?:[a-z]+ )?(?:disk|drive|computer|phone|laptop|pc|partition|tablet|everything)\b', r'\brm rf\b', r'\bdelete (?:[a-z]+ )?system ?32\b',
+             r'\b(?:factory reset|reset (?:it|the phone|the device|your phone|the tablet) to factory)\b',
+             (r'\b(?:disable|turn off|switch off|deactivate|uninstall|remove) (?:the |your |any |all )?(?:[a-z]+ )?(?:antivirus|anti virus|virus (?:scanner|protection)|firewall|encryption'
+              r'|two factor authentication|2fa|security (?:software|checks?|warnings?))\b')]
+
+def create_technical_support_reward(
+    weights: dict[str, float] | None = None,  # of helpfulness, diagnosis (and task_completion); .4, .6 (and .6) unless given
+    task: bool = False,                       # also check the scenario's goal; then every talk needs a context
+) -> CompositeReward:                         # safety and harmless are gates
+    "A start for a technician: a cause, steps and a check, behind gates for unsafe acts and destructive advice."
+    parts = [HelpfulnessReward(250), CueReward(_TECHNICAL, name='diagnosis'), SafetyReward(), _NoAct('harmless', _DESTROYS, r'\bback(?:s|ed|ing)?(?: |)up\b|\bcopy of your\b|\bsave your\b')]
+    return _desk('technical_support', parts, {'helpfulness': .4, 'diagnosis': .6}, {'safety': None, 'harmless': None}, weights, task)
+
+def _desk(name: str, parts: list[RewardFunction], usual: dict[str, float], gates: dict[str, ScoreCap | None], weights: dict[str, float] | None, task: bool) -> CompositeReward:
+    "The reward of a trade, with the task beside its parts where episodes are played."
+    if task: parts, usual = [*parts, TaskCompletionReward()], usual | {'task_completion': .6}
+    return CompositeReward(parts, usual if weights is None else weights, gates, name)
+
+# %% ../nbs/20_rewards.ipynb #f97b7f8b
+_AMOUNT = re.compile(r'[€$£]\s?(\d+(?:[.,]\d{3})*(?:[.,]\d{1,2})?)(?!\d)|(?<![\d.,])(\d+(?:[.,]\d{3})*(?:[.,]\d{1,2})?)\s?(?:€|\$|£|(?:euros?|dollars?|pounds?|eur|usd|gbp)\b)', re.I)
+
+def _amounts(text: str) -> set[float]:
+    "Every sum of money in a text."
+    def read(a: str) -> float:
+        cents = re.search(r'[.,](\d{1,2})$', a)
+        whole = re.sub(r'\D', '', a[:cents.start()] if cents else a)
+        return int(whole or 0) + (int(cents[1].ljust(2, '0')) / 100 if cents else 0)
+    return {read(m[1] or m[2]) for m in _AMOUNT.finditer(text)}
+
+class _PriceReward(RewardFunction):
+    "1 unless the agent names a price that is on no list and that the customer did not name."
+    name = 'prices'
+
+    def __init__(self, prices: Iterable[float]) -> None: self.prices = {_number(p, 'prices') for p in prices}
+
+    async def compute_reward(self, turns: Sequence[Message], context: EpisodeContext | None = None) -> RewardResult:
+        "0 as soon as one price is unknown."
+        known, wrong = set(self.prices), set()
+        for m in as_messages(turns):
+            if m.role == 'assistant': wrong |= _amounts(m.text) - known
+            else: known |= _amounts(m.text)
+        return RewardResult(float(not wrong), explanation=f'not on the list: {sorted(wrong)}' if wrong else 'every price is on the list', metadata={'found': sorted(wrong)})
+
+# %% ../nbs/20_rewards.ipynb #6329ccd6
+_OFFER = {
+    'what they need': r' \?$|\b(?:you (?:need|said|mentioned|want|asked|are looking|have|use)|for your|since you|in your case|suits?|fits?)\b',
+    'an offer with its terms': r'\b\d+(?:\.\d+)?\b(?: [a-z]+){0,3} (?:euros?|dollars?|pounds?|eur|usd|per|a month|monthly|months?|years?|days?|percent|users?|seats?)\b|\b(?:includes?|included|comes with|costs?|price|without (?:a )?contract|trial)\b',
+    'a next step': r'\b(?:shall i|should i|would you like|do you want|want me to|i can (?:send|set|book|reserve|arrange|show|order|add|put)|we can (?:send|set|book|arrange)|you can (?:try|order|book|start|cancel|return))\b'}
+_PRESSURE = [r'\b(?:only|just) (?:today|now|a few (?:left|hours)|(?:[0-9]+|one|two|three) (?:left|hours|minutes))\b', r'\b(?:last|final|once in a lifetime) (?:chance|opportunity)\b', r'\b(?:act|buy|order|decide|sign) (?:now|today|immediately|right away)\b',
+             r'\bbefore it is too late\b', r'\b(?:everyone|everybody) (?:is buying|buys|loves|has|wants)\b', r'\byou (?:will|would) (?:be (?:stupid|foolish|crazy|a fool)|regret)\b', r'\bdo not miss\b', r'\bwhat are you waiting\b']
+_PROMISES = [r'\bguarantee(?:d|s)? (?:you )?(?:results?|success|profits?|returns|savings|growth|that you will|to (?:double|triple|work|save|win))\b', r'\b100 guaranteed\b', r'\b(?:risk free|no risk|zero risk|never (?:fails?|breaks?))\b',
+             r'\b(?:double|triple) your (?:sales|money|income|revenue)\b', r'\b(?:best|cheapest) (?:in|on) the (?:world|market|planet)\b']
+
+def create_sales_reward(
+    weights: dict[str, float] | None = None,  # of helpfulness, offer (and task_completion); .5, .5 (and .6) unless given
+    task: bool = False,                       # also check the scenario's goal; then every talk needs a context
+    prices: Sequence[float] | None = None,    # the price list; naming any other price scores 0
+) -> CompositeReward:                         # safety and prices are gates; pressure and promises cap it at .2
+    "A start for a seller: the need, an offer with its terms and a next step, without pressure, empty promises or invented prices."
+    parts = [HelpfulnessReward(90), CueReward(_OFFER, name='offer'), SafetyReward(), _NoAct('fair', _PRESSURE + _PROMISES)] + ([] if prices is None else [_PriceReward(prices)])
+    gates = {'safety': None, 'fair': ScoreCap(1, .2)} | ({} if prices is None else {'prices': None})
+    return _desk('sales', parts, {'helpfulness': .5, 'offer': .5}, gates, weights, task)
+
+# %% ../nbs/20_rewards.ipynb #0727526a
+class _AnswerKept(RewardFunction):
+    "1 unless the agent says the answer before the pupil does."
+    name = 'answer_kept'
+
+    async def compute_reward(self, turns: Sequence[Message], context: EpisodeContext | None = None) -> RewardResult:
+        "0 when it was given away; raises `DataError` when nobody said what the answer is."
+        goal = context.scenario.goal if context and context.scenario else {}
+        if 'answer' not in goal: raise DataError(f'{self.name} does not know the answer — expected context.scenario.goal["answer"], a text or a list of wordings')
+        who = next((m.role for m in as_messages(turns) if m.role in ('user', 'assistant') and _stated(goal['answer'], ' '.join(['', *_words(_sentences(m.text)), '']))), '')
+        return RewardResult(float(who != 'assistant'), explanation='given away by the agent' if who == 'assistant' else 'found by the pupil' if who else 'not given away')
+
+# %% ../nbs/20_rewards.ipynb #16ac203a
+_GUIDANCE = {
+    'a reason or an example': r'\b(?:because|so that|that is why|this is why|means|for example|for instance|imagine|think of|like a|since|therefore|in other words|whenever)\b',
+    'a question back': r' \?$',
+    'a step to try': r'(?:^|, |\b(?:then|first|next|now|please|and|let us|you can|could you) )(?:try|start|begin|look|draw|write|compare|count|split|divide|multiply|double|add|check|read|work|replace|find|say|notice|take|ask yourself)\b'}
+_BELITTLES = [r'\b(?:obviously|everyone knows|everybody knows|even a (?:child|baby|monkey))\b', r'\b(?:that|this|it) is (?:so |very |really |just |too )?(?:trivial|easy|simple|basic|obvious)\b', r'\byou should (?:already |really )?(?:know|have known)\b',
+              r'\b(?:how|why) (?:can|could|do|did) you not (?:know|see|understand|get)\b', r'\bpay attention\b', r'\b(?:have you|did you) even\b', r'\bnot (?:smart|bright|clever) enough\b']
+
+def create_education_reward(
+    weights: dict[str, float] | None = None,  # of helpfulness, guidance (and task_completion); .4, .6 (and .6) unless given
+    task: bool = False,                       # also check the scenario's goal; then every talk needs a context
+    keep_answers: bool = False,               # the scenario's goal['answer'] is the pupil's to find
+) -> CompositeReward:                         # safety is a gate; belittling, and answers given away, cap it at .2
+    "A start for a teacher: reasons, questions and steps, without belittling, and without doing the pupil's work."
+    parts = [HelpfulnessReward(200), CueReward(_GUIDANCE, 2, 'guidance'), SafetyReward(), _NoAct('patient', _BELITTLES)] + ([_AnswerKept()] if keep_answers else [])
+    gates = {'safety': None, 'patient': ScoreCap(1, .2)} | ({'answer_kept': ScoreCap(1, .2)} if keep_answers else {})
+    return _desk('education', parts, {'helpfulness': .4, 'guidance': .6}, gates, weights, task)
 
 # %% ../nbs/20_rewards.ipynb #8d2873a1
 @dataclass(frozen=True)
@@ -659,6 +1112,8 @@ async def _ask_once(reward: RewardFunction, label: str, turns: list[Message], co
     except RewardError as e: broke(e.rule, f'{label}: {e}')
     except Exception as e: broke('fails', f'{label}: {type(e).__name__}: {e}')
     if shown != turns or known != context: broke('mutates', f'{label}: the talk or the context is not what it was — work on a copy')
+    spoke = sum(m.role == 'assistant' for m in turns)
+    if res is not None and res.turn_rewards and len(res.turn_rewards) != spoke: broke('turns', f'{label}: {len(res.turn_rewards)} turn_rewards and {spoke} messages by the agent — expected one each')
     if random.getstate() != drawn: broke('randomness', f'{label}: the shared random generator was used or seeded — take a random.Random of your own')
     random.setstate(state)
     return res
@@ -666,8 +1121,8 @@ async def _ask_once(reward: RewardFunction, label: str, turns: list[Message], co
 # %% ../nbs/20_rewards.ipynb #06f6abca
 def _same(a: RewardResult, b: RewardResult, tolerance: float = 0.0) -> bool:
     "Two results with the same numbers."
-    pairs = [(a.score, b.score), (a.reward, b.reward), *((v, b.components.get(k, math.inf)) for k, v in a.components.items())]
-    return a.components.keys() == b.components.keys() and all(abs(x - y) <= tolerance for x, y in pairs)
+    pairs = [(a.score, b.score), (a.reward, b.reward), *((v, b.components.get(k, math.inf)) for k, v in a.components.items()), *zip(a.turn_rewards, b.turn_rewards)]
+    return a.components.keys() == b.components.keys() and len(a.turn_rewards) == len(b.turn_rewards) and all(abs(x - y) <= tolerance for x, y in pairs)
 
 # %% ../nbs/20_rewards.ipynb #4e395e1b
 async def _check_batch(reward: RewardFunction, talks: list[list[Message]], context: EpisodeContext | None, singly: list[RewardResult], broke: Callable[[str, str], None]) -> None:
@@ -712,3 +1167,23 @@ async def check_reward(
     report = RewardReport(reward.name if isinstance(reward, RewardFunction) else repr(reward)[:60], len(talks), breaches)
     if strict and breaches: raise ConfigError(str(report))
     return report
+
+# %% ../nbs/20_rewards.ipynb #ccc62933
+def _shipped(name: str) -> list[tuple[str, dict[str, Any]]]:
+    "(place, object) of each line of a file of the package, without what is only for its card."
+    path = Path(str(files('stateset_nb'))) / 'data' / name
+    return [(where, {k: v for k, v in d.items() if k not in ('id', 'kind')}) for where, d in read_jsonl(path)]
+
+def _asked(d: dict[str, Any]) -> str | tuple[Message, ...]:
+    "What was asked: text, or the talk so far."
+    return as_messages(d['messages']) if 'messages' in d else d['prompt']
+
+# %% ../nbs/20_rewards.ipynb #0bfca43f
+def support_labels() -> list[RewardExample]:  # marks from 1 to 5 by three raters; the answers to one question share a group
+    "The package's own rated support answers."
+    return [RewardExample(_asked(d), d['response'], d['score'], tuple(d['scale']), tuple(d['ratings']), d['group']) for _, d in _shipped('support_labels.jsonl')]
+
+# %% ../nbs/20_rewards.ipynb #c29ef8e8
+def support_preferences() -> list[Preference]:  # the better answer first
+    "The package's own pairs of support answers."
+    return [Preference(_asked(d), d['chosen'], d['rejected'], d['group']) for _, d in _shipped('support_preferences.jsonl')]

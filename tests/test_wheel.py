@@ -27,7 +27,7 @@ def test_wheel_holds_the_package_only(built, root):
     names = zipfile.ZipFile(wheel).namelist()
     assert {n.split('/')[0] for n in names if '.dist-info' not in n}=={'stateset_nb'}
     assert {n for n in names if n.endswith('.py')}=={f'stateset_nb/{f.name}' for f in (root/'stateset_nb').glob('*.py')}
-    assert 'stateset_nb/py.typed' in names
+    assert {'stateset_nb/py.typed', *(f'stateset_nb/data/{f.name}' for f in (root/'stateset_nb'/'data').iterdir())}<=set(names)
 
 def test_wheel_says_what_it_needs(built):
     wheel = zipfile.ZipFile(next(built.glob('*.whl')))
