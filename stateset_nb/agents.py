@@ -14,7 +14,7 @@ from functools import lru_cache, partial, wraps
 from typing import Any, ClassVar, ParamSpec, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-from .core import BackendError, ConfigError, DataError, Message, Record, SampledTokens, ToolCall, as_messages, gather, require, stream
+from .core import BackendError, ConfigError, DataError, Message, Record, SampledTokens, ToolCall, as_messages, content_hash, gather, require, stream
 from .policy import ChatFormat, ContextFull, Key, Policy, Sampled, SamplingParams, _owners, load_policy
 
 # %% auto #0
@@ -188,7 +188,7 @@ class StubBackend:
     ) -> None:
         self.responses = tuple(responses)
 
-    def __repr__(self) -> str: return f'StubBackend({len(self.responses)} lines)'
+    def __repr__(self) -> str: return f'StubBackend({len(self.responses)} lines, {content_hash([m if isinstance(m, str) else m.to_dict() for m in self.responses])[:8]})'
 
     async def reply(
         self,
@@ -1043,7 +1043,7 @@ class _Caller:
         self.retry, self.breaker, self.limit, self.budget, self.where = retry, breaker, limit, budget, f'{model} at {urlsplit(base_url).netloc}'
         self._line: _Line | None = None
 
-    def __repr__(self) -> str: return f'{type(self).__name__}({self.model!r})'
+    def __repr__(self) -> str: return f'{type(self).__name__}({self.where!r})'
     def __getstate__(self) -> dict[str, Any]: return self.__dict__ | {'_line': None}
 
     def _client(self, key: str) -> Any:

@@ -356,6 +356,10 @@ class CalibratedRewardFunction(_RoundByRound):
         self.name, self.for_verdict = base_reward_fn.name, base_reward_fn.for_verdict
         self._pending: list[float] = []
 
+    def inner(self) -> tuple[RewardFunction, ...]:  # as it was given
+        "What it is made of."
+        return (self.base,)
+
     async def compute_reward(self, turns: Sequence[Message], context: EpisodeContext | None = None) -> RewardResult:
         "Score one talk."
         return (await self.compute_rewards([turns], [context]))[0]
@@ -508,6 +512,10 @@ class CalibratedSum(_RoundByRound):
         self.weights = _named_weights([r.name for r in self.rewards], weights, allow_negative)
         check_keys(self.gates, self.weights, 'gates', ConfigError)
         self.for_verdict = all(r.for_verdict for r in self.rewards if self.weights[r.name] or r.name in self.gates)
+
+    def inner(self) -> tuple[RewardFunction, ...]:  # as it was given
+        "What it is made of."
+        return self.rewards
 
     async def compute_reward(self, turns: Sequence[Message], context: EpisodeContext | None = None) -> RewardResult:
         "Score one talk with every part."

@@ -509,7 +509,7 @@ class LLMJudge:
         *,
         samples: int = 1,                  # how often it is asked; 3 to 5 show how sure it is
         temperature: float | None = None,  # 0 for one sample, .7 for several, unless given
-        cache: str | os.PathLike[str] | None = None,  # a folder where answers are kept, one for each server; None asks anew each time
+        cache: str | os.PathLike[str] | None = None,  # a folder where answers are kept; None asks anew each time
         limit: int = 8,                    # questions in flight
         reading: str = 'form',             # 'form' for structured answers, 'text' reads prose by `parse_score`
         max_tokens: int = 512,             # of one answer

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from .core import BackendError, ConfigError, DataError, NotTrained, Record, Scenario, Segment, StateSetError, Trajectory, TrajectoryGroup, check_keys, progress_bar, run_sync, stream, write_text
 from .policy import SCHEDULING, Policy, check_head, gathered, load_policy, new_folder, pad_rows, save_policy, sequence_logps, shard, shared_prefix, states_before
 from .agents import Agent, PolicyBackend, Sampler
-from .rewards import CompositeReward, RewardFunction
+from .rewards import CompositeReward, RewardFunction, reward_parts
 from .environments import ConversationEnvironment, Environment, rollouts
 from .grpo import (KL_KINDS, LOSS_TYPES, SAMPLER_MODES, SCALES, adapt_beta, agreeing_groups, anchor_advantages, gae_advantages, gdpo_advantages, group_advantages, grpo_loss, kept_groups,
                               mean_metrics, number_states, pad_turns, returns_to_go, sampler_metrics, sampler_weights, soft_overlong_punishment, turn_advantages)
@@ -1066,8 +1066,9 @@ class MultiTurnGRPOTrainer(_Rounds):
         self.sampler, self.sync = sampler, sync
         self.evaluate, self.callbacks, self.run = evaluate, list(callbacks), run or TrainingRun()
         self.run.knobs = self.run.knobs | _knob_rules(self.config)
-        if isinstance(reward_fn, CompositeReward) and reward_fn.gates and self.config.multi_objective_aggregation == 'normalize_then_sum':
-            raise ConfigError(f"gates={reward_fn.gates} with multi_objective_aggregation='normalize_then_sum' — a gate multiplies, and parts that are compared one by one have no product — leave one of them out")
+        gates = [g for r in (reward_parts(reward_fn) if reward_fn is not None else []) if isinstance(r, CompositeReward) for g in r.gates]
+        if gates and self.config.multi_objective_aggregation == 'normalize_then_sum':
+            raise ConfigError(f"gates={gates} with multi_objective_aggregation='normalize_then_sum' — a gate multiplies, and parts that are compared one by one have no product — leave one of them out")
         self.log = RunLog(output_dir) if output_dir is not None else None
         self.step, self.settings, self.policy = 0, self.config, None   # rounds done; the config with knobs turned; after `initialize`
         self.metric: float | None = None   # how the last round did by `metric_for_best_model`

@@ -12,7 +12,6 @@ from stateset_nb.judge import (Criterion, DegradedResult, JudgeAgreement, Judgem
                                parse_score, support_rubric)
 from stateset_nb.rewards import CompositeReward, HelpfulnessReward, check_reward
 from stateset_nb.trainers import play_metrics
-from stateset_nb.trl_bridge import as_trl_reward
 
 KIND = Rubric((Criterion('courteous', 'Is it polite?', ((1, 'rude'), (5, 'warm'))),))
 TALK = [Message('user', 'Where is my parcel?'), Message('assistant', 'It should be there soon.')]
@@ -412,7 +411,7 @@ def test_degraded_episodes_are_left_out_of_training(wrap):
     assert m['error_rate'] == .5 and m['reward'] == pytest.approx(statistics.mean(r for r in group.rewards if r is not None))
 
 def test_degraded_answers_have_no_reward_in_trl():
-    r = as_trl_reward(LLMJudgeRewardComponent(every_second(), fallback=HelpfulnessReward()))
+    r = LLMJudgeRewardComponent(every_second(), fallback=HelpfulnessReward())
     got = soon(r(['Where?'] * 5, ['Here.'] * 5))
     assert None in got and 1. in got and set(got) == {None, 1.}
 

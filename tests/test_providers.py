@@ -480,7 +480,7 @@ def test_a_chain_says_what_it_did(kind, caplog):
             for b in chain.backends[:2]: await b.close()
             return a, r
         with caplog.at_level(logging.WARNING): a, r = soon(go())
-        assert a.data['score'] == .8 and len(a.metadata['fallback']) == 1 and 'status 500' in a.metadata['fallback'][0]['error'] and a.metadata['answered_by'] == "AnthropicBackend('m')"
+        assert a.data['score'] == .8 and len(a.metadata['fallback']) == 1 and 'status 500' in a.metadata['fallback'][0]['error'] and a.metadata['answered_by'] == repr(chain.backends[1]) and 'm at 127.0.0.1' in repr(chain.backends[1])
         assert r.message.text == GOOD and r.metadata['fallback'] == a.metadata['fallback']
         assert 'asking AnthropicBackend' in caplog.text and len(up.asked) == 2
 
