@@ -28,7 +28,7 @@ __all__ = ['Prompt', 'Item', 'PROMPT_ROOM', 'MINILM_SHA256', 'PRECISIONS', 'FORM
            'rating_weights', 'Windows', 'window_tokens', 'token_batches', 'masked_sum', 'gains_from_bf16', 'mlp_head',
            'InputReport', 'TransformerRewardModel', 'reward_loss', 'RewardTrainingConfig', 'training_method',
            'encoder_rates', 'schedule', 'RewardHistory', 'TransformerRewardTrainer', 'rival_scores', 'ReportRow',
-           'report_rows', 'RewardModelReport', 'evaluate_reward_model', 'LearnedRewardFunction']
+           'report_rows', 'RewardModelReport', 'evaluate_reward_model', 'LearnedRewardFunction', 'speed_up']
 
 # %% ../nbs/22_reward_model.ipynb #8e4cc015
 Prompt = str | tuple[Message, ...]
@@ -393,6 +393,8 @@ class _Encoder(nn.Module):
         self.pad = t.pad_token_id or 0
         self.width = int(self.network.config.hidden_size) * (4 if form == 'parts' else 1)
         self.fast: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]: return super().__getstate__() | {'fast': None}
 
     def read(self, items: Sequence[Item]) -> tuple[list[_Tokens], list[int]]:
         "What is read of each item, and how many of its prompt's tokens are not."
@@ -1329,3 +1331,43 @@ class LearnedRewardFunction(RewardFunction):
         score = min(members) if self.cautious else round(math.fsum(members) / len(members), 5)
         why = f'learnt from {self.model.about["labels"]} labels' + (f'; heads from {min(members):.2f} to {max(members):.2f}' if len(members) > 1 else '')
         return RewardResult(score, explanation=why, metadata={'method': 'learned', 'heads': list(members)})
+
+# %% ../nbs/22_reward_model.ipynb #a23fa2c1
+def _compiled(network: Any, exact: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    "The network, compiled by OpenVINO for this CPU."
+    import warnings
+    from transformers.utils import logging
+    ov = require('openvino', 'fast')
+    class Hidden(nn.Module):
+        def __init__(self) -> None: super().__init__(); self.network = network
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor: return self.network(input_ids=ids, attention_mask=mask).last_hidden_state
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter('ignore')
+            shape = torch.ones(2, 16, dtype=torch.long)
+            graph = ov.convert_model(Hidden().eval(), example_input=(shape, shape))
+    except Exception as e: raise BackendError(f'OpenVINO cannot compile {type(network).__name__}: {str(e).splitlines()[0][:160]} — go without it') from e
+    finally: logging.set_verbosity(level)
+    run = ov.compile_model(graph, 'CPU', {'INFERENCE_NUM_THREADS': torch.get_num_threads()} | ({'INFERENCE_PRECISION_HINT': 'f32'} if exact else {}))
+    return lambda ids, mask: torch.from_numpy(run([ids.numpy(), mask.numpy()])[0])
+
+# %% ../nbs/22_reward_model.ipynb #fa83807c
+def speed_up(
+    model: TransformerRewardModel,  # a trained one, on the CPU; it is changed, and its checkpoint is not
+    talks: Sequence[Any],           # 200 or more of your own, for the check
+    least: float = .995,            # correlation of the scores below which it is refused
+) -> float:                         # the correlation that was measured; raises `BackendError` when it is too low, and the model is as before
+    "Compile the encoder with OpenVINO, if its scores stay what they are."
+    items = list(dict.fromkeys(as_item(t) for t in talks))
+    if len(items) < 200: raise DataError(f'{len(items)} different talks — expected 200 or more of your own — the check says nothing on fewer')
+    network = model.encoder.network
+    if next(network.parameters()).device.type != 'cpu': raise ConfigError('the model is on a GPU — OpenVINO compiles for the CPU — load it with device="cpu"')
+    before = model.predict(items)
+    model.encoder.fast = _compiled(network, not (model.encoder.precision == 'bfloat16' or (model.encoder.precision == 'auto' and gains_from_bf16())))
+    after = model.predict(items)
+    r = float(np.corrcoef(before, after)[0, 1]) if min(before.std(), after.std()) > 1e-9 else 0.
+    if r >= least: return r
+    model.encoder.fast = None
+    raise BackendError(f'compiled scores correlate {r:.4f} with the plain ones on {len(items)} talks (largest difference {np.abs(before - after).max():.3f}) — expected {least} — the model stays as it is')
