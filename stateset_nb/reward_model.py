@@ -303,6 +303,7 @@ class Windows(NamedTuple):
     "What the encoder reads of one text."
     tokens: tuple[tuple[int, ...], ...]  # one window, or several when the answer is long
     cut: int                             # tokens of the prompt that are not read
+    cut_answer: int = 0                  # tokens of the answer that are not read; 0 unless `max_windows` is given
 
 def window_tokens(
     prompt: Sequence[int],    # tokens of the prompt; empty to read the answer alone
@@ -310,6 +311,7 @@ def window_tokens(
     window: int,              # tokens the encoder reads at once, the special ones included
     start: Sequence[int],     # special tokens before
     end: Sequence[int],       # special tokens after each part
+    max_windows: int | None = None,  # windows of one answer at most; what lies behind is cut
 ) -> Windows:                 # start prompt end response end
     "The answer in full, and of the prompt the latest tokens that fit."
     room = window - len(start) - len(end) * (2 if prompt else 1)
@@ -317,7 +319,8 @@ def window_tokens(
     head = [*start, *prompt[len(prompt) - kept:], *(end if prompt else ())]
     size = max(1, room - kept)
     pieces = [response[i:i + size] for i in range(0, len(response), size)] or [()]
-    return Windows(tuple((*head, *p, *end) for p in pieces), len(prompt) - kept)
+    read = pieces[:max_windows]
+    return Windows(tuple((*head, *p, *end) for p in read), len(prompt) - kept, sum(map(len, pieces[len(read):])))
 
 # %% ../nbs/22_reward_model.ipynb #d169fc0f
 def token_batches(
@@ -380,13 +383,14 @@ _Tokens = tuple[tuple[tuple[int, ...], ...], ...]  # for each part of an item th
 
 class _Encoder(nn.Module):
     "Tokens in, one vector an item out."
-    def __init__(self, name: str, window: int, form: str, precision: str) -> None:
+    def __init__(self, name: str, window: int, form: str, precision: str, max_windows: int | None = None) -> None:
         super().__init__()
         self.network, self.tokenizer = _load_encoder(name)
         limit = int(self.network.config.max_position_embeddings)
         if not PROMPT_ROOM < window <= min(512, limit): raise ConfigError(f'window={window} — must lie between {PROMPT_ROOM + 1} and {min(512, limit)} tokens — try 256')
         if form not in FORMS or precision not in PRECISIONS: raise ConfigError(f'form={form!r}, precision={precision!r} — expected one of {FORMS} and one of {PRECISIONS}')
-        self.window, self.form, self.precision = window, form, precision
+        if max_windows is not None and max_windows < 1: raise ConfigError(f'max_windows={max_windows} — must be >= 1, or None to read every answer whole')
+        self.window, self.form, self.precision, self.max_windows = window, form, precision, max_windows
         t = self.tokenizer
         self.start = [i for i in (t.cls_token_id if t.cls_token_id is not None else t.bos_token_id,) if i is not None]
         self.end = [i for i in (t.sep_token_id if t.sep_token_id is not None else t.eos_token_id,) if i is not None]
@@ -396,15 +400,15 @@ class _Encoder(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]: return super().__getstate__() | {'fast': None}
 
-    def read(self, items: Sequence[Item]) -> tuple[list[_Tokens], list[int]]:
-        "What is read of each item, and how many of its prompt's tokens are not."
+    def read(self, items: Sequence[Item]) -> tuple[list[_Tokens], list[tuple[int, int]]]:
+        "What is read of each item, and how many tokens of its prompt and of its answer are not."
         texts = list(dict.fromkeys(t for item in items for t in item))
         ids = dict(zip(texts, self.tokenizer(texts, add_special_tokens=False, verbose=False)['input_ids'])) if texts else {}
-        read: list[_Tokens] = []; cut: list[int] = []
+        read: list[_Tokens] = []; cut: list[tuple[int, int]] = []
         for p, r in items:
-            w = window_tokens(ids[p] if self.form == 'joint' else (), ids[r], self.window, self.start, self.end)
+            w = window_tokens(ids[p] if self.form == 'joint' else (), ids[r], self.window, self.start, self.end, self.max_windows)
             alone = ids[p][-(self.window - len(self.start) - len(self.end)):]
-            cut.append(w.cut if self.form == 'joint' else len(ids[p]) - len(alone))
+            cut.append((w.cut if self.form == 'joint' else len(ids[p]) - len(alone), w.cut_answer))
             read.append((w.tokens,) if self.form == 'joint' else (((*self.start, *alone, *self.end),), w.tokens))
         return read, cut
 
@@ -469,10 +473,11 @@ class InputReport(Record):
     cut_prompts: int  # of which the beginning of the prompt is not read
     cut_tokens: int   # tokens that are not read, in all
     long_answers: int # answers read in more than one window
+    cut_answers: int  # answers of which the end is not read; 0 unless `max_windows` is given
     same_input: int   # items whose text differs from another's while their tokens are the same
 
     def __str__(self) -> str:
-        return f'{self.items} items: {self.cut_prompts} prompts cut ({self.cut_tokens} tokens), {self.long_answers} answers in several windows, {self.same_input} texts that read like another'
+        return f'{self.items} items: {self.cut_prompts} prompts cut ({self.cut_tokens} tokens), {self.long_answers} answers in several windows, {self.cut_answers} answers cut, {self.same_input} texts that read like another'
 
 # %% ../nbs/22_reward_model.ipynb #e4e01294
 class _Scorer(nn.Module):
@@ -487,12 +492,13 @@ class _Scorer(nn.Module):
         dropout: float = .2,         # in the heads, while training
         precision: str = 'auto',     # 'float32', 'bfloat16', or 'auto': bf16 where the hardware computes in it
         device: str = 'auto',        # 'cpu', 'cuda', or 'auto': a GPU where there is one
+        max_windows: int | None = None,  # windows of one answer at most; None reads every answer whole
     ) -> None:
         super().__init__()
         if head_size < 0 or heads < 1 or not 0 <= dropout < 1: raise ConfigError(f'head_size={head_size}, heads={heads}, dropout={dropout} — expected >= 0, >= 1 and 0 <= dropout < 1')
-        self.wishes = {'window': window, 'form': form, 'head_size': head_size, 'heads': heads, 'dropout': dropout, 'precision': precision}
+        self.wishes = {'window': window, 'form': form, 'head_size': head_size, 'heads': heads, 'dropout': dropout, 'precision': precision, 'max_windows': max_windows}
         self.about: dict[str, Any] = {}  # what training left: method, labels, ceiling; empty until it is trained
-        self.encoder = _Encoder(encoder, window, form, precision)
+        self.encoder = _Encoder(encoder, window, form, precision, max_windows)
         self.heads = nn.ModuleList(mlp_head(self.encoder.width, head_size, dropout) if head_size else _LinearHead(self.encoder.width) for _ in range(heads))
         self.to(('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device)
 
@@ -542,7 +548,7 @@ class TransformerRewardModel(_Scorer):
         "What the window does to these talks."
         items = list(dict.fromkeys(as_item(t) for t in talks))
         read, cut = self.encoder.read(items)
-        return InputReport(len(items), sum(c > 0 for c in cut), sum(cut), sum(len(r[-1]) > 1 for r in read), len(items) - len(set(read)))
+        return InputReport(len(items), sum(p > 0 for p, _ in cut), sum(p for p, _ in cut), sum(len(r[-1]) > 1 for r in read), sum(a > 0 for _, a in cut), len(items) - len(set(read)))
 
     def uncertainty(
         self,
@@ -718,6 +724,7 @@ class RewardTrainingConfig(Record):
     "How a reward model is trained. The defaults are the recipe; most users change the encoder, the window and the seed."
     encoder: str = 'minilm'       # 'minilm' (packaged), a folder, or a name on the hub
     window: int = 256             # tokens read at once, at most 512
+    max_windows: int | None = None  # windows of one answer at most, to bound the cost; None reads every answer whole
     form: str = 'joint'           # 'joint': prompt and answer in one pass; 'parts': each by itself
     method: str = 'auto'          # 'ridge', 'frozen' (phase 1 alone), 'two_phase', or 'auto': ridge below `few_labels`, else two phases
     few_labels: int = 300         # labels below which 'auto' takes a ridge
@@ -753,6 +760,7 @@ class RewardTrainingConfig(Record):
         for k in ('few_labels', 'few_validation', 'frozen_layers', 'seed'): _need(type(getattr(self, k)) is int and getattr(self, k) >= 0, k, getattr(self, k), 'must be a whole number >= 0')
         for k in ('head_learning_rate', 'encoder_learning_rate', 'max_grad_norm', 'pair_weight'): _need(0 < getattr(self, k) < math.inf, k, getattr(self, k), 'must be > 0; the defaults are a good start')
         for k in ('dropout', 'warmup_fraction'): _need(0 <= getattr(self, k) < 1, k, getattr(self, k), 'must be a share, 0 <= share < 1')
+        _need(self.max_windows is None or (type(self.max_windows) is int and self.max_windows >= 1), 'max_windows', self.max_windows, 'must be >= 1, or None to read every answer whole')
         _need(0 < self.layer_decay <= 1, 'layer_decay', self.layer_decay, 'must be a share, 0 < share <= 1')
         _need(0 <= self.weight_decay < math.inf, 'weight_decay', self.weight_decay, 'must be >= 0')
 
@@ -1005,7 +1013,7 @@ class TransformerRewardTrainer:
         method, choose = training_method(c, len(train), len(val))
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(stream(c.seed, 'reward model'))
-            model = TransformerRewardModel(c.encoder, c.window, c.form, 0 if method == 'ridge' else c.head_size, c.heads, c.dropout, c.precision, c.device)
+            model = TransformerRewardModel(c.encoder, c.window, c.form, 0 if method == 'ridge' else c.head_size, c.heads, c.dropout, c.precision, c.device, c.max_windows)
             data, rest = _labels(train, model.encoder), _labels(val, model.encoder)
             rows, selected, loss = self._learn(model, data, rest, method, choose, resume)
         agreement = rater_agreement([_unit_ratings(e) for e in train if isinstance(e, RewardExample)])
@@ -1128,10 +1136,11 @@ def rival_scores(
     encoder: str = 'minilm', # of cosine and ridge, untrained
     window: int = 256,       # tokens it reads at once
     seed: int = 0,           # of the folds
+    max_windows: int | None = None,  # of one answer
 ) -> dict[str, NDArray[np.float64]]:  # [N] 0..1 for each rival
     "What simple rivals say of the same answers."
     t, both = train.targets, [*train.items, *items]
-    plain = TransformerRewardModel(encoder, window, 'parts', head_size=0, precision='float32')
+    plain = TransformerRewardModel(encoder, window, 'parts', head_size=0, precision='float32', max_windows=max_windows)
     e = plain.embed(both).double().cpu().numpy()
     d, n = e.shape[1] // 4, len(train.items)
     cosine = (e[:, :d] * e[:, d:2 * d]).sum(1)
@@ -1269,7 +1278,7 @@ def evaluate_reward_model(
     labels = _labels(data, model.encoder)
     t = labels.targets
     main = 'pearson' if t.rated.any() else 'pairwise_accuracy'
-    scores = {'model': model.predict(labels.items)} | rival_scores(_labels(known, model.encoder), labels.items, model.about['encoder'], model.encoder.window, seed)
+    scores = {'model': model.predict(labels.items)} | rival_scores(_labels(known, model.encoder), labels.items, model.about['encoder'], model.encoder.window, seed, model.encoder.max_windows)
     rows = report_rows(scores, t, main, draws, seed)
     w, n = _draw_counts(t.group, min(draws, 400), seed), scores['model']
     def of(which: list[int]) -> Interval:
