@@ -321,6 +321,19 @@ def test_embeddings_are_those_of_sentence_transformers():
     m = TransformerRewardModel(window=256, form='parts', precision='float32', device='cpu')
     assert m.embed([('', t) for t in texts])[:, 384:768].numpy() == pytest.approx(plain.encode(texts, normalize_embeddings=True), abs=1e-5)
 
+@pytest.mark.parametrize('kind, kw', [('Roberta', dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)), ('DistilBert', dict(dim=32, n_layers=2, n_heads=2, hidden_dim=64)),
+                                      ('ModernBert', dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=30522, pad_token_id=0))])
+def test_other_encoders_are_unfrozen_layer_by_layer(kind, kw, tmp_path, small, capsys):
+    import transformers
+    torch.manual_seed(0)
+    getattr(transformers, f'{kind}Model')(getattr(transformers, f'{kind}Config')(**kw)).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(rm._packaged()).save_pretrained(tmp_path)
+    p = phase_two(replace(small, encoder=str(tmp_path), layer_decay=.5))
+    assert {REAL.encoder_learning_rate, REAL.encoder_learning_rate * .5, REAL.encoder_learning_rate * .25, REAL.head_learning_rate} == set(p.rates)
+    assert not p.model.encoder.network.get_input_embeddings().weight.requires_grad
+    r = TransformerRewardTrainer(replace(small, encoder=str(tmp_path), epochs=1, progress=True, device='auto')).train(data(12), data(6, 1))
+    assert np.isfinite(r['model'].predict(list(data(6, 2)))).all() and 'encoder' in capsys.readouterr().out
+
 # ---- checkpoints
 
 def test_a_checkpoint_gives_the_same_scores_and_refuses_what_is_none(trained, tmp_path):
