@@ -95,9 +95,7 @@ def _label(d: dict[str, Any], where: str, scale: tuple[float, float] | None = No
     "A row of a label file."
     prompt = _prompt_of(d, where)
     if 'chosen' not in d and 'rejected' not in d: return _rated(d, prompt, where, scale)
-    chosen, rejected = (_value(d.get(k), k, where, str) for k in ('chosen', 'rejected'))
-    if chosen == rejected: raise DataError(f'{where}: chosen and rejected are the same text — a preference needs two answers — remove the row')
-    return Preference(prompt, chosen, rejected, str(d.get('group') or ''))
+    return Preference(prompt, _value(d.get('chosen'), 'chosen', where, str), _value(d.get('rejected'), 'rejected', where, str), str(d.get('group') or ''))
 
 # %% ../nbs/22_reward_model.ipynb #5125e40f
 def _same_prompt(prompt: Prompt) -> str:
@@ -386,7 +384,7 @@ class _Encoder(nn.Module):
     def __init__(self, name: str, window: int, form: str, precision: str, max_windows: int | None = None) -> None:
         super().__init__()
         self.network, self.tokenizer = _load_encoder(name)
-        limit = int(self.network.config.max_position_embeddings)
+        limit = int(self.network.config.to_dict().get('max_position_embeddings') or 512)
         if not PROMPT_ROOM < window <= min(512, limit): raise ConfigError(f'window={window} — must lie between {PROMPT_ROOM + 1} and {min(512, limit)} tokens — try 256')
         if form not in FORMS or precision not in PRECISIONS: raise ConfigError(f'form={form!r}, precision={precision!r} — expected one of {FORMS} and one of {PRECISIONS}')
         if max_windows is not None and max_windows < 1: raise ConfigError(f'max_windows={max_windows} — must be >= 1, or None to read every answer whole')
@@ -701,15 +699,20 @@ def _linear_loss(x: Any, t: _Targets, v: NDArray[np.float64], c: float) -> NDArr
     return t.weight * (np.logaddexp(0, m) - t.y * m)
 
 # %% ../nbs/22_reward_model.ipynb #8582aad2
-def _choose_penalty(x: Any, t: _Targets, seed: int, folds: int = 5) -> float:
-    "The penalty with the least loss on conversations not fitted."
+def _penalties(x: Any, t: _Targets, seed: int, folds: int = 5) -> dict[float, float]:
+    "The loss of each penalty on conversations not fitted; with fewer conversations than folds, 1 unseen."
     groups = np.unique(t.group)
-    if len(groups) < folds: return 1.
+    if len(groups) < folds: return {1.: math.inf}
     at = np.random.default_rng(stream(seed, 'folds')).permutation(len(groups))[np.searchsorted(groups, t.group)] % folds
     total = dict.fromkeys(RIDGES, 0.)
     for f in range(folds):
         fit, rest = t.take(at != f), t.take(at == f)
         for r in RIDGES: total[r] += float(_linear_loss(x, rest, *_fit_linear(x, fit, fit.weight, r)).sum())
+    return total
+
+def _choose_penalty(x: Any, t: _Targets, seed: int, folds: int = 5) -> float:
+    "The penalty with the least loss."
+    total = _penalties(x, t, seed, folds)
     return min(total, key=lambda r: total[r])
 
 # %% ../nbs/22_reward_model.ipynb #d4a06319
@@ -725,7 +728,7 @@ class RewardTrainingConfig(Record):
     encoder: str = 'minilm'       # 'minilm' (packaged), a folder, or a name on the hub
     window: int = 256             # tokens read at once, at most 512
     max_windows: int | None = None  # windows of one answer at most, to bound the cost; None reads every answer whole
-    form: str = 'joint'           # 'joint': prompt and answer in one pass; 'parts': each by itself
+    form: str = 'auto'            # 'joint': prompt and answer in one pass; 'parts': each by itself; 'auto': joint for two phases, else whichever a ridge does better with, on folds
     method: str = 'auto'          # 'ridge', 'frozen' (phase 1 alone), 'two_phase', or 'auto': ridge below `few_labels`, else two phases
     few_labels: int = 300         # labels below which 'auto' takes a ridge
     few_validation: int = 100     # validation labels below which no choice is left to them: a fixed schedule, last weights
@@ -754,7 +757,7 @@ class RewardTrainingConfig(Record):
 
     def __post_init__(self) -> None:
         _need(self.method in TRAINING_METHODS, 'method', self.method, f'expected one of {", ".join(TRAINING_METHODS)}')
-        _need(self.form in FORMS, 'form', self.form, f'expected one of {", ".join(FORMS)}')
+        _need(self.form in ('auto', *FORMS), 'form', self.form, f'expected one of auto, {", ".join(FORMS)}')
         _need(self.precision in PRECISIONS, 'precision', self.precision, f'expected one of {", ".join(PRECISIONS)}')
         for k in ('window', 'head_size', 'heads', 'batch_size', 'head_epochs', 'patience', 'epochs', 'evaluations_per_epoch'): _need(type(getattr(self, k)) is int and getattr(self, k) >= 1, k, getattr(self, k), 'must be a whole number >= 1')
         for k in ('few_labels', 'few_validation', 'frozen_layers', 'seed'): _need(type(getattr(self, k)) is int and getattr(self, k) >= 0, k, getattr(self, k), 'must be a whole number >= 0')
@@ -969,17 +972,30 @@ class RewardHistory(Record):
         return ax
 
 # %% ../nbs/22_reward_model.ipynb #5e36ab3e
+def _spread(f: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    "Mean and unit of each dimension; a dimension that never changes has a unit too."
+    return f.mean(0), f.std(0) + .01 * f.std(0).mean() + 1e-12
+
 def _fit_ridge_heads(model: _Scorer, x: Tensor, t: _Targets, config: RewardTrainingConfig) -> float:
     "Fit every head; gives the penalty."
     f = x.double().cpu().numpy()
-    mean, unit = f.mean(0), f.std(0)
-    unit = unit + .01 * unit.mean() + 1e-12
+    mean, unit = _spread(f)
     f = (f - mean) / unit
     ridge = _choose_penalty(f, t, config.seed)
     for head, w in zip(model.heads, _draws(t, len(model.heads), config.seed)):
         v, c = _fit_linear(f, t, w, ridge)
         head.load_state_dict({'mean': torch.from_numpy(mean), 'unit': torch.from_numpy(unit), 'layer.weight': torch.from_numpy(v)[None], 'layer.bias': torch.tensor([c])})
     return ridge
+
+def _choose_form(train: RewardDataset, config: RewardTrainingConfig) -> str:
+    "The form with which a ridge does better on conversations it was not fitted to."
+    losses = {}
+    for form in FORMS:
+        model = TransformerRewardModel(config.encoder, config.window, form, 0, 1, 0., config.precision, config.device, config.max_windows)
+        data = _labels(train, model.encoder)
+        f = model.embed(data.items).double().cpu().numpy()
+        losses[form] = min(_penalties((f - _spread(f)[0]) / _spread(f)[1], data.targets, config.seed).values())
+    return min(losses, key=lambda k: losses[k])
 
 def _dataset(examples: Any) -> RewardDataset:
     "Examples as a data set."
@@ -1011,9 +1027,10 @@ class TransformerRewardTrainer:
         for a, b in [(train, val), *([(train, test), (val, test)] if test else [])]:
             if not (shared := leakage(a, b)).clean: raise DataError(f'{shared} — expected sets that share nothing — split with RewardDataset.split')
         method, choose = training_method(c, len(train), len(val))
+        form = c.form if c.form != 'auto' else 'joint' if method == 'two_phase' else _choose_form(train, c)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(stream(c.seed, 'reward model'))
-            model = TransformerRewardModel(c.encoder, c.window, c.form, 0 if method == 'ridge' else c.head_size, c.heads, c.dropout, c.precision, c.device, c.max_windows)
+            model = TransformerRewardModel(c.encoder, c.window, form, 0 if method == 'ridge' else c.head_size, c.heads, c.dropout, c.precision, c.device, c.max_windows)
             data, rest = _labels(train, model.encoder), _labels(val, model.encoder)
             rows, selected, loss = self._learn(model, data, rest, method, choose, resume)
         agreement = rater_agreement([_unit_ratings(e) for e in train if isinstance(e, RewardExample)])
@@ -1137,14 +1154,16 @@ def rival_scores(
     window: int = 256,       # tokens it reads at once
     seed: int = 0,           # of the folds
     max_windows: int | None = None,  # of one answer
+    precision: str = 'auto', # as in `RewardTrainingConfig`
 ) -> dict[str, NDArray[np.float64]]:  # [N] 0..1 for each rival
     "What simple rivals say of the same answers."
     t, both = train.targets, [*train.items, *items]
-    plain = TransformerRewardModel(encoder, window, 'parts', head_size=0, precision='float32', max_windows=max_windows)
+    plain = TransformerRewardModel(encoder, window, 'parts', head_size=0, precision=precision, max_windows=max_windows)
     e = plain.embed(both).double().cpu().numpy()
     d, n = e.shape[1] // 4, len(train.items)
     cosine = (e[:, :d] * e[:, d:2 * d]).sum(1)
-    e = (e - e[:n].mean(0)) / (e[:n].std(0) + .01 * e[:n].std(0).mean())
+    mean, unit = _spread(e[:n])
+    e = (e - mean) / unit
     bag = require('sklearn.feature_extraction.text', 'encoder').TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), min_df=min(2, n), token_pattern=r'\b\w+\b')
     words = bag.fit_transform([r for _, r in train.items]) * 10.
     rated = t.rated
@@ -1189,6 +1208,7 @@ class RewardModelReport(Record):
     held_out: bool                     # False: the labels also chose the weights, so the figures flatter
     leakage: Leakage                   # what the test set shares with the training set
     inputs: InputReport                # what the window did to the test set
+    equal_pairs: int                   # preferences left out: their two answers read the same
     ceiling: float | None              # the main metric of a perfect model on such labels; None: unknown, with one rater
     slices: dict[str, Interval] = field(hash=False)       # the main metric, slice by slice
     length_bias: dict[str, Interval] = field(hash=False)  # 'model' and 'people': how far each prefers long answers
@@ -1210,7 +1230,7 @@ class RewardModelReport(Record):
         share = self.share_of_ceiling
         bias = {k: f'{i.value:+.2f} [{i.low:+.2f}, {i.high:+.2f}]' for k, i in self.length_bias.items()}
         return [f'human ceiling: {"unknown (no answer has two raters)" if self.ceiling is None else f"{_SHORT[self.main]} {self.ceiling:.2f}"}' + ('' if share is None else f'; share reached: {share:.0%}'),
-                f'preference for length: model {bias["model"]}, people {bias["people"]}', f'leakage: {self.leakage}', f'inputs: {self.inputs}',
+                f'preference for length: model {bias["model"]}, people {bias["people"]}', f'leakage: {self.leakage}', f'inputs: {self.inputs}; {self.equal_pairs} preferences left out, their answers read the same',
                 *([] if self.held_out else ['these labels also chose the weights: expect less on new ones']),
                 *(f'{k}: {i.value:.2f} [{i.low:.2f}, {i.high:.2f}], n={i.n}' for k, i in self.slices.items())]
 
@@ -1278,7 +1298,7 @@ def evaluate_reward_model(
     labels = _labels(data, model.encoder)
     t = labels.targets
     main = 'pearson' if t.rated.any() else 'pairwise_accuracy'
-    scores = {'model': model.predict(labels.items)} | rival_scores(_labels(known, model.encoder), labels.items, model.about['encoder'], model.encoder.window, seed, model.encoder.max_windows)
+    scores = {'model': model.predict(labels.items)} | rival_scores(_labels(known, model.encoder), labels.items, model.about['encoder'], model.encoder.window, seed, model.encoder.max_windows, model.encoder.precision)
     rows = report_rows(scores, t, main, draws, seed)
     w, n = _draw_counts(t.group, min(draws, 400), seed), scores['model']
     def of(which: list[int]) -> Interval:
@@ -1287,7 +1307,7 @@ def evaluate_reward_model(
     agreed = rater_agreement([_unit_ratings(e) for e in data if isinstance(e, RewardExample)])
     if ceiling is None and agreed is not None and main == 'pearson': ceiling = agreed.ceiling
     slices = {k: of(v) for k, v in _slices(data, labels.kept).items() if main != 'pearson' or t.take(v).rated.any()}
-    return RewardModelReport(rows, main, held_out, leakage(known, data), model.look(labels.items), ceiling, slices, _length_bias(t, labels.items, n, w))
+    return RewardModelReport(rows, main, held_out, leakage(known, data), model.look(labels.items), labels.equal, ceiling, slices, _length_bias(t, labels.items, n, w))
 
 # %% ../nbs/22_reward_model.ipynb #28eb5244
 class LearnedRewardFunction(RewardFunction):

@@ -29,7 +29,7 @@ def pairs(n=20, seed=0):
 
 def data(n=40, seed=0): return RewardDataset.from_rows(rows(n, seed))
 
-REAL = RewardTrainingConfig(window=48, precision='float32', device='cpu', method='two_phase', batch_size=8, epochs=2, head_epochs=4, head_size=16, few_validation=4, report=False)
+REAL = RewardTrainingConfig(window=48, form='joint', precision='float32', device='cpu', method='two_phase', batch_size=8, epochs=2, head_epochs=4, head_size=16, few_validation=4, report=False)
 
 @pytest.fixture(scope='module')
 def tiny(tmp_path_factory):
@@ -68,7 +68,7 @@ def test_every_form_of_label_is_read(tmp_path):
 
 @pytest.mark.parametrize('row, said', [({'prompt': 'p', 'response': 'r', 'score': 4}, 'outside its scale'), ({'prompt': 'p', 'response': 'r'}, 'neither score nor ratings'), ({'prompt': 'p', 'score': 1}, 'no response'),
                                        ({'response': 'r', 'score': 1}, 'neither prompt nor messages'), ({'prompt': 'p', 'response': 'r', 'score': 'good'}, "score='good'"), ({'prompt': 'p', 'response': 'r', 'ratings': [6], 'scale': [1, 5]}, 'outside its scale'),
-                                       ({'prompt': 'p', 'chosen': 'a'}, 'rejected=None'), ({'prompt': 'p', 'chosen': 'a', 'rejected': 'a'}, 'the same text'), ({'messages': [{'role': 'boss', 'content': 'x'}], 'chosen': 'a', 'rejected': 'b'}, "role='boss'"),
+                                       ({'prompt': 'p', 'chosen': 'a'}, 'rejected=None'), ({'messages': [{'role': 'boss', 'content': 'x'}], 'chosen': 'a', 'rejected': 'b'}, "role='boss'"),
                                        ({'messages': [], 'chosen': 'a', 'rejected': 'b'}, 'messages=[]'), ({'prompt': 3, 'chosen': 'a', 'rejected': 'b'}, 'prompt=3'), ({'prompt': 'p', 'response': 'r', 'score': 1, 'scale': 5}, 'scale=5'),
                                        ({'prompt': 'p', 'response': 'r', 'ratings': 4}, 'ratings=4'), ({'prompt': 'p', 'response': 'r', 'score': math.inf}, 'Infinity')])
 def test_a_bad_row_is_refused_with_file_and_line(tmp_path, row, said):
@@ -121,8 +121,8 @@ def test_an_answer_behind_a_long_prompt_is_read_and_cuts_are_counted():
     assert read[0] != read[1] and cut[0][0] > 200 and cut[2] == (0, 0)
 
 def test_a_preference_whose_answers_read_the_same_is_left_out_and_counted(small):
-    d = RewardDataset.from_rows([*rows(12), {'prompt': 'Loud?', 'chosen': 'YES', 'rejected': 'yes'}])
-    assert TransformerRewardTrainer(replace(small, method='ridge')).train(d, data(6, 1))['equal_pairs'] == 1
+    d = RewardDataset.from_rows([*rows(12), {'prompt': 'Loud?', 'chosen': 'YES', 'rejected': 'yes'}, {'prompt': 'Twice?', 'chosen': 'yes', 'rejected': 'yes'}])
+    assert TransformerRewardTrainer(replace(small, method='ridge')).train(d, data(6, 1))['equal_pairs'] == 2
     with pytest.raises(DataError, match='none of which can be told apart'): TransformerRewardTrainer(small).train(RewardDataset((Preference('Loud?', 'YES', 'yes'),)), data(6, 1))
 
 @given(st.lists(st.integers(1, 300), max_size=60), st.integers(64, 2048))
@@ -138,7 +138,9 @@ def test_pooling_sees_no_padding_and_texts_are_read_once(trained, monkeypatch):
     talks = [('Where is it?', 'It arrives on Monday.'), ('Where is it?', 'ok')] * 5
     p = m.predict(talks)
     assert sum(seen) == 2 and len(set(p)) == 2
-    assert p[0] == pytest.approx(m.predict([talks[0]])[0], abs=1e-5)
+    assert [m.predict([t])[0] for t in talks[:2]] == pytest.approx(p[:2], abs=1e-5)
+    e = m.embed(talks[:2])
+    assert torch.allclose(e[1], m.embed(talks[1:2])[0], atol=1e-5)
 
 # ---- the traps of two-phase training
 
@@ -174,9 +176,9 @@ def test_trap_nothing_leaks_from_phase_1_into_patience(small, monkeypatch):
         best.loss = 0.
         return best
     monkeypatch.setattr(rm, '_train_heads', perfect)
-    r = TransformerRewardTrainer(replace(small, patience=2, epochs=3)).train(data(24), data(8, 1))
+    r = TransformerRewardTrainer(replace(small, patience=2, epochs=3, encoder_learning_rate=1e-3)).train(data(24), data(8, 1))
     two = [row for row in r['history'].rows if row['phase'] == 2]
-    assert r['selected'] == 'phase 1' and r['val_loss'] == 0 and len(two) >= 2
+    assert r['selected'] == 'phase 1' and r['val_loss'] == 0 and len(two) == 6 and two[-1]['val_loss'] < two[0]['val_loss']
     fresh = rm._load_encoder(small.encoder)[0].state_dict()
     assert all(torch.equal(v, fresh[k]) for k, v in r['model'].encoder.network.state_dict().items())
 
@@ -290,6 +292,14 @@ def test_every_setting_changes_what_is_learnt(small):
 def test_settings_out_of_range_are_refused_by_name(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))): RewardTrainingConfig(**wrong)
 
+def test_the_form_is_chosen_by_what_the_labels_are_about():
+    "Whether an answer is on the topic of its question: a frozen encoder sees it only with both texts apart."
+    topics = {'the weather in Rome': 'It rains in Rome.', 'a refund': 'Your money is on its way back.', 'my cat': 'Cats sleep all day.', 'the train': 'The train leaves at nine.', 'soup': 'Add salt and onions to the soup.', 'tax': 'The tax office wants a form.'}
+    d = RewardDataset.from_rows([{'prompt': f'Tell me about {q}, {i}.', 'response': a, 'score': float(q == p)} for i in range(3) for j, q in enumerate(topics) for k, (p, a) in enumerate(topics.items()) if (k - j) % 6 in (0, 1 + i)])
+    c = replace(REAL, form='auto', method='ridge')
+    assert rm._choose_form(d, c) == 'parts'
+    assert TransformerRewardTrainer(c).train(d, data(6, 1))['model'].wishes['form'] == 'parts'
+
 def test_limits_of_the_encoder_are_named():
     with pytest.raises(ConfigError, match='window=600'): TransformerRewardModel(window=600)
     with pytest.raises(ConfigError, match='frozen_layers=9'): encoder_rates(rm._load_encoder('minilm')[0], 1., frozen_layers=9)
@@ -310,6 +320,19 @@ def test_embeddings_are_those_of_sentence_transformers():
     texts = ['It arrives on Monday.', 'ok', 'I have refunded order 4712, you will see the money within three days.']
     m = TransformerRewardModel(window=256, form='parts', precision='float32', device='cpu')
     assert m.embed([('', t) for t in texts])[:, 384:768].numpy() == pytest.approx(plain.encode(texts, normalize_embeddings=True), abs=1e-5)
+
+@pytest.mark.parametrize('kind, kw', [('Roberta', dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)), ('DistilBert', dict(dim=32, n_layers=2, n_heads=2, hidden_dim=64)),
+                                      ('ModernBert', dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=30522, pad_token_id=0))])
+def test_other_encoders_are_unfrozen_layer_by_layer(kind, kw, tmp_path, small, capsys):
+    import transformers
+    torch.manual_seed(0)
+    getattr(transformers, f'{kind}Model')(getattr(transformers, f'{kind}Config')(**kw)).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(rm._packaged()).save_pretrained(tmp_path)
+    p = phase_two(replace(small, encoder=str(tmp_path), layer_decay=.5))
+    assert {REAL.encoder_learning_rate, REAL.encoder_learning_rate * .5, REAL.encoder_learning_rate * .25, REAL.head_learning_rate} == set(p.rates)
+    assert not p.model.encoder.network.get_input_embeddings().weight.requires_grad
+    r = TransformerRewardTrainer(replace(small, encoder=str(tmp_path), epochs=1, progress=True, device='auto')).train(data(12), data(6, 1))
+    assert np.isfinite(r['model'].predict(list(data(6, 2)))).all() and 'encoder' in capsys.readouterr().out
 
 # ---- checkpoints
 
