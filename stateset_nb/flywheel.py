@@ -476,9 +476,9 @@ def _figure(draw: Callable[[Any], None], width: float, height: float, columns: i
 def _plot_curves(axes: Any, log: Sequence[dict[str, Any]]) -> None:
     "Learning curves: reward, spread, entropy, by round."
     x = [m['step'] for m in log]
-    for k, label in (('reward', 'reward (0..1)'), ('success', 'success (share of episodes)')):
+    for k, label in (('reward', 'reward'), ('success', 'success (share of episodes)')):
         if all(k in m for m in log): axes[0].plot(x, [m[k] for m in log], label=label)
-    axes[0].set(xlabel='round of practice', ylabel='mean over the round', title='What practice earned', ylim=(0, None)); axes[0].legend(frameon=False)
+    axes[0].set(xlabel='round of practice', ylabel='mean over the round', title='What practice earned', ylim=(min(0, *(m['reward'] for m in log)), None)); axes[0].legend(frameon=False)
     seen = [m for m in log if 'entropy' in m]
     axes[1].plot([m['step'] for m in seen], [m['entropy'] for m in seen], 'C2'); axes[1].set(xlabel='round of practice', ylabel='entropy (nats a token)', title='How undecided the policy is', ylim=(0, None))
     axes[2].plot(x, [m['frac_reward_zero_std'] for m in log], 'C3'); axes[2].set(xlabel='round of practice', ylabel='share of groups', title='Groups with nothing left to teach', ylim=(0, 1))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from .core import (BackendError, ConfigError, DataError, Feedback, Message, NotTrained, Preference, Record, RewardExample, TrainingExample, as_messages, content_hash, progress_bar,
                               read_jsonl, require, run_sync, stream, unit_score, write_jsonl, write_text)
-from .policy import new_folder
+from .policy import _no_bars, new_folder
 from .rewards import EpisodeContext, HelpfulnessReward, RewardFunction, RewardResult
 from .stats import Interval
 
@@ -345,16 +345,12 @@ def _packaged() -> Path:
 def _load_encoder(name: str) -> tuple[Any, Any]:
     "(encoder, tokenizer); safetensors alone, and no code of the model's own."
     from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging
     where = _packaged() if name == 'minilm' else Path(name) if Path(name).is_dir() else name
     if isinstance(where, Path) and not (where / 'config.json').is_file() and (where / '0_Transformer').is_dir(): where = where / '0_Transformer'
-    bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try: return AutoModel.from_pretrained(where, use_safetensors=True, dtype=torch.float32), AutoTokenizer.from_pretrained(where)
+    try:
+        with _no_bars(): return AutoModel.from_pretrained(where, use_safetensors=True, dtype=torch.float32), AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError, ImportError) as e:
         raise BackendError(f"cannot load the encoder {name!r} — expected 'minilm', a folder with config.json, model.safetensors and a tokenizer, or a name on the hub that can be reached — {str(e).splitlines()[0][:160]}") from None
-    finally:
-        if bar: logging.enable_progress_bar()
 
 # %% ../nbs/22_reward_model.ipynb #a43774b6
 def masked_sum(
@@ -592,7 +588,7 @@ class TransformerRewardModel(_Scorer):
 def _write_model(model: TransformerRewardModel, folder: Path) -> None:
     "The files of a model."
     from safetensors.torch import save_file
-    model.encoder.network.save_pretrained(folder / 'encoder')
+    with _no_bars(): model.encoder.network.save_pretrained(folder / 'encoder')
     model.encoder.tokenizer.save_pretrained(folder / 'encoder')
     save_file({k: v.contiguous() for k, v in model.heads.state_dict().items()}, folder / 'heads.safetensors')
     write_text(folder / 'reward_model.json', json.dumps({'schema': 1, 'kind': 'reward_model', 'wishes': model.wishes, 'about': model.about}, indent=1))
