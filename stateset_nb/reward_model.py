@@ -1230,6 +1230,8 @@ class RewardModelReport(Record):
                 *([] if self.held_out else ['these labels also chose the weights: expect less on new ones']),
                 *(f'{k}: {i.value:.2f} [{i.low:.2f}, {i.high:.2f}], n={i.n}' for k, i in self.slices.items())]
 
+    def __repr__(self) -> str: return str(self)
+
     def __str__(self) -> str:
         rows = self.table()
         wide = {k: max(len(k), *(len(r.get(k, '')) for r in rows)) for k in dict.fromkeys(k for r in rows for k in r)}
