@@ -80,13 +80,14 @@ def report(records: list[dict], out: Path) -> None:
     head = ['turn_credit', 'seeds', 'area (mean success of all rounds, %)', 'area against outcome, points', 'seed by seed', 'round at which five rounds have 90 %', 'held out, sampled, %', 'CPU seconds']
     text = ['# Credit over turns', '', ' '.join(__doc__.split('\n\n')[2].split()), '', support_desk.table(head, rows), '', f'Seeds {", ".join(map(str, sorted({r["seed"] for r in records})))}. ' + about(records)]
     write_text(out.with_suffix('.md'), '\n'.join(text) + '\n')
+    everybodys = set.intersection(*({r['seed'] for r in of(k)} for k in names))  # means over other seeds could not be compared
     fig, ax = plt.subplots(figsize=(7, 4))
     for i, k in enumerate(names):
-        curves = np.array([np.convolve(r['success'], np.ones(5) / 5, 'valid') for r in of(k) if len(r['success']) >= 5])
+        curves = np.array([np.convolve(r['success'], np.ones(5) / 5, 'valid') for r in of(k) if len(r['success']) >= 5 and r['seed'] in everybodys])
         if not len(curves): continue
         x = np.arange(curves.shape[1]) + 3
         ax.plot(x, 100 * curves.mean(0), f'C{i}', label=k); ax.fill_between(x, 100 * curves.min(0), 100 * curves.max(0), color=f'C{i}', alpha=.15, lw=0)
-    ax.set(xlabel='round of practice', ylabel='success in practice (%), mean of five rounds', title='Credit over turns on the support desk (band: least and most over seeds)'); ax.legend(loc='lower right')
+    ax.set(xlabel='round of practice', ylabel='success in practice (%), mean of five rounds', title=f'Credit over turns on the support desk, seeds {", ".join(map(str, sorted(everybodys)))} (band: least to most)'); ax.legend(loc='lower right')
     fig.tight_layout(); fig.savefig(out.with_suffix('.png'), dpi=120); plt.close(fig)
 
 def about(records: list[dict]) -> str:
