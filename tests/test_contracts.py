@@ -43,6 +43,7 @@ def test_every_snippet_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     talks = [replace(c, id=f'{c.id}-{i}', messages=(Message('user', f'Case {i}.'), *c.messages)) for i in range(5) for c in demo_conversations()]
     write_jsonl('logs.jsonl', [c.to_dict() for c in talks])
+    write_jsonl('labels.jsonl', [{'prompt': f'Where is parcel {i}?', 'response': f'It arrives on day {i}.', 'score': i % 5, 'scale': [0, 4]} for i in range(20)])
     snippets = re.findall(r'^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?', README.read_text(encoding='utf-8'), re.S | re.M)
     assert len(snippets) >= 4
     names = {}
@@ -189,7 +190,7 @@ def test_the_checker_catches_a_broken_reward(rule, reward):
 
 def examples():
     "One example of every record, each field away from its default where it has one."
-    from stateset_nb import ABTestResult, ComparisonTable, Interval, PairedComparison, TestResult, TestResults, TrainingMetrics
+    from stateset_nb import ABTestResult, ComparisonTable, Criterion, Interval, JudgeAgreement, PairedComparison, RewardHistory, Rubric, TestResult, TestResults, TrainingMetrics
     call = ToolCall('refund_order', '{"order_id": "4712"}', 'c1')
     talk = (Message('user', 'Refund #4712 ☂'), Message('assistant', None, (call,)), Message('tool', 'done', (), 'c1', 'refund_order'), Message('assistant', 'It is refunded.'))
     segment = Segment((11, 22, 33), (0, 1, 1), (0., -.25, -.5), ((1, 3),))
@@ -201,7 +202,9 @@ def examples():
     return [Conversation(talk, 'c-1', 4.0, {'group': 'g'}), Scenario('s', talk[:1], {'n': 1}, 2, ('refund',)), segment, t, TrajectoryGroup('s', (t, replace(t, id='s/1', error='boom'))),
             TrainingExample('e', talk[:1], talk[-1], 's', 'human', {'quality': .5, 'tools': None}, {'tokens': 12.}), Feedback('e', 4, (1, 5), 'ann', 'good', 'Better: hello.'),
             RewardExample(talk[:1], 'It is refunded.', 3., (0, 5), (3., 4.), 'g'), Preference('Where?', 'Here.', 'Whatever.', 'g'), p, r, tests,
-            TrainingMetrics(task_completion_rate=Interval(.5, .4, .6, 100)), table, ABTestResult(tests, tests, table), r]
+            TrainingMetrics(task_completion_rate=Interval(.5, .4, .6, 100)), table, ABTestResult(tests, tests, table), r,
+            Rubric((Criterion('right', 'Is it true?', ((1, 'false'), (4, 'true')), 2.),), 1, 4, 'The record decides.'), JudgeAgreement('pairs', 40, {'kappa': Interval(.5, .4, .6, 40)}, {'length': 'all as long'}),
+            RewardHistory(({'phase': 1, 'epoch': 1, 'loss': .5, 'val_loss': .25},))]
 
 if __name__ == '__main__':
     for x in examples():
