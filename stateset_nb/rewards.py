@@ -258,7 +258,8 @@ async def _as_trl(reward: RewardFunction, prompts: Sequence[Any], completions: S
     talks = [(*said('user', p), *said('assistant', c)) for p, c in zip(prompts, completions, strict=True)]
     contexts = [None] * len(talks) if scenario is None else [known(s) for s in scenario]
     try: return [r.reward for r in await reward.compute_rewards(talks, contexts)]
-    except Exception: return await _one_by_one(reward, _paired(talks, contexts))
+    except Exception as e: logging.getLogger(__name__).info('a batch of %d answers is scored one by one, since one of them has no reward: %s', len(talks), e)
+    return await _one_by_one(reward, _paired(talks, contexts))
 
 # %% ../nbs/20_rewards.ipynb #a6801fdf
 _QUOTES = str.maketrans('’‘ʼ´`', "'" * 5)

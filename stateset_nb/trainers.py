@@ -577,7 +577,11 @@ class TrainerCallback(Protocol):
 @lru_cache
 def _leave_in_order() -> None:
     "Have the process group taken apart before the interpreter is: its threads would not outlive that."
-    atexit.register(lambda: torch.distributed.destroy_process_group() if torch.distributed.is_initialized() else None)
+    def leave() -> None:
+        if not torch.distributed.is_initialized(): return
+        torch.distributed.destroy_process_group()
+        time.sleep(.2)  # sharded weights keep the group's threads alive: one that still lets go of a tensor needs the interpreter, and aborts the process if that is gone
+    atexit.register(leave)
 
 class Processes:
     "The processes of a run, through accelerate; one alone where there are no others."

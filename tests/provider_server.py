@@ -18,19 +18,22 @@ class Step:
     error: str | None = None      # in a stream: an error event of this kind in place of the end
     usage: tuple | None = (7, 3)  # tokens in and out
 
-class ProviderServer:
-    "`script`: a list of steps, one for each request and the last again after that, or a function of (parsed body) -> Step."
-    def __init__(self, script=None):
-        self.script = [Step()] if script is None else script
-        self.asked, self.heads, self.paths, self.dropped, self.open, self.most = [], [], [], 0, 0, 0
+def content(said, status=200, more='', length=None):
+    "An HTTP answer; `length` is what it says of itself."
+    return f'HTTP/1.1 {status} X\r\nContent-Type: application/json\r\n{more}Content-Length: {len(said) if length is None else length}\r\n\r\n'.encode() + said
+
+class LoopbackServer:
+    "An HTTP server in a thread with a loop of its own. Below it: `async reply(writer, path, body)`, true where the line goes dead after it."
+    def __init__(self):
+        self.heads, self.asked, self.dropped, self.open, self.most = [], [], 0, 0, 0
         self.loop, self.ready = asyncio.new_event_loop(), threading.Event()
-        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
         assert self.ready.wait(10)
 
-    def _run(self):
+    def run(self):
         asyncio.set_event_loop(self.loop)
-        self.server = self.loop.run_until_complete(asyncio.start_server(self._talk, '127.0.0.1', 0))
+        self.server = self.loop.run_until_complete(asyncio.start_server(self.talk, '127.0.0.1', 0))
         self.root = f'http://127.0.0.1:{self.server.sockets[0].getsockname()[1]}'
         self.url = self.root + '/v1'   # for OpenAI's client; Anthropic's takes `root`
         self.ready.set()
@@ -45,25 +48,19 @@ class ProviderServer:
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
 
-    def _step(self, body):
-        if callable(self.script): return self.script(body)
-        return self.script[min(len(self.asked) - 1, len(self.script) - 1)]
-
-    async def _talk(self, reader, writer):
+    async def talk(self, reader, writer):
         "One connection: many requests, and an eye on whether the other side still listens."
         try:
             while head := (await reader.readuntil(b'\r\n\r\n')).decode():
                 size = next((int(x.split(':')[1]) for x in head.split('\r\n') if x.lower().startswith('content-length')), 0)
                 body = json.loads(await reader.readexactly(size) or b'null')
-                path = head.split()[1]
-                self.heads.append(head); self.paths.append(path); self.asked.append(body)
-                s = self._step(body)
+                self.heads.append(head)
                 self.open += 1; self.most = max(self.most, self.open)
-                work, gone = asyncio.ensure_future(self._answer(writer, path, body, s)), asyncio.ensure_future(reader.read(1))
+                work, gone = asyncio.ensure_future(self.reply(writer, head.split()[1], body)), asyncio.ensure_future(reader.read(1))
                 try:
                     await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
                     if not work.done(): self.dropped += 1; return
-                    if s.cut is not None or work.exception() is not None or body and body.get('stream'): return
+                    if work.exception() is not None or work.result(): return
                 finally:
                     self.open -= 1
                     for t in (work, gone): t.cancel()
@@ -71,23 +68,37 @@ class ProviderServer:
         except (asyncio.IncompleteReadError, ConnectionError): pass
         finally: writer.close()
 
-    async def _answer(self, writer, path, body, s):
-        speak = anthropic_events if path.endswith('/messages') else openai_events
-        if body and body.get('stream') and s.status == 200 and s.body is None:
-            writer.write(b'HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n')
-            for i, line in enumerate(speak(body, s)):
-                if s.cut is not None and i >= s.cut: await writer.drain(); return
-                await asyncio.sleep(s.delay)
-                b = line.encode()
-                writer.write(b'%x\r\n%s\r\n' % (len(b), b))
-                await writer.drain()
-            writer.write(b'0\r\n\r\n'); await writer.drain()
-            return
+class ProviderServer(LoopbackServer):
+    "`script`: a list of steps, one for each request and the last again after that, or a function of (parsed body) -> Step."
+    def __init__(self, script=None):
+        self.script, self.paths = [Step()] if script is None else script, []
+        super().__init__()
+
+    def step(self, body):
+        if callable(self.script): return self.script(body)
+        return self.script[min(len(self.asked) - 1, len(self.script) - 1)]
+
+    async def reply(self, writer, path, body):
+        self.paths.append(path); self.asked.append(body)
+        s, streamed = self.step(body), bool(body and body.get('stream'))
+        await (self.events if streamed and s.status == 200 and s.body is None else self.whole)(writer, path, body, s)
+        return streamed or s.cut is not None
+
+    async def events(self, writer, path, body, s):
+        writer.write(b'HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n')
+        for i, line in enumerate((anthropic_events if path.endswith('/messages') else openai_events)(body, s)):
+            if s.cut is not None and i >= s.cut: await writer.drain(); return
+            await asyncio.sleep(s.delay)
+            b = line.encode()
+            writer.write(b'%x\r\n%s\r\n' % (len(b), b))
+            await writer.drain()
+        writer.write(b'0\r\n\r\n'); await writer.drain()
+
+    async def whole(self, writer, path, body, s):
         await asyncio.sleep(s.delay)
         said = s.body if s.body is not None else refusal(s.status) if s.status != 200 else (anthropic_reply if path.endswith('/messages') else openai_reply)(body, s)
         said = said if isinstance(said, bytes) else json.dumps(said).encode()
-        more = ''.join(f'{k}: {v}\r\n' for k, v in s.headers.items())
-        writer.write(f'HTTP/1.1 {s.status} X\r\nContent-Type: application/json\r\n{more}Content-Length: {len(said)}\r\n\r\n'.encode() + said[:s.cut])
+        writer.write(content(said[:s.cut], s.status, ''.join(f'{k}: {v}\r\n' for k, v in s.headers.items()), len(said)))
         await writer.drain()
 
 def refusal(status): return {'type': 'error', 'error': {'type': 'refused', 'message': f'no, thank you ({status})'}}
