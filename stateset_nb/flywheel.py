@@ -32,11 +32,14 @@ __all__ = ['RIVALS', 'practice_for', 'ImproveConfig', 'copy_accuracy', 'RunFolde
 
 # %% ../nbs/44_flywheel.ipynb #5b93c75c
 def practice_for(
-    model: str,      # 'tiny', or a folder or name
-) -> TrainingConfig: # to begin with
+    model: str,         # 'tiny', or a folder or name
+    desk: bool = False, # does it practise on the built-in support desk?
+) -> TrainingConfig:    # to begin with
     "How a model practises unless told otherwise."
-    profile, rounds = (TrainingProfile.TINY, 70) if model == 'tiny' else (TrainingProfile.BALANCED, 50)
-    return TrainingConfig.from_profile(profile, num_episodes=rounds, save_steps=10, save_total_limit=1)
+    if model != 'tiny': profile, how = TrainingProfile.BALANCED, {'num_episodes': 50}
+    elif desk: profile, how = TrainingProfile.TINY, {'num_episodes': 40, 'num_iterations': 2, 'learning_rate': 1e-3}
+    else: profile, how = TrainingProfile.TINY, {'num_episodes': 70}
+    return TrainingConfig.from_profile(profile, **{'save_steps': 10, 'save_total_limit': 1, **how})
 
 # %% ../nbs/44_flywheel.ipynb #96428108
 @dataclass(frozen=True)
@@ -52,13 +55,13 @@ class ImproveConfig(Record):
     scenarios: int = 200              # held-out scenarios (of the desk) or prompts (of logs) of the verdict, at most
     margin: float = 0.05              # the loss of success we would put up with; for logs, as a share of the clone's figure
     clone: TinyConfig = field(default_factory=lambda: TinyConfig(steps=1200))    # how the tiny policy is made
-    training: TrainingConfig = None   # type: ignore[assignment]  # how it practises; what suits the model unless given (`practice_for`)
+    training: TrainingConfig = None   # type: ignore[assignment]  # how it practises; what suits the model and the place unless given (`practice_for`)
     filtered_steps: int = 1000        # cloning steps of the rival that sees only successful logs; 0 leaves it out
     reward: RewardTrainingConfig = field(default_factory=lambda: RewardTrainingConfig(heads=5))  # how the reward is learnt; of several heads the lowest pays
     _nested: ClassVar[dict[str, type]] = {'clone': TinyConfig, 'training': TrainingConfig, 'reward': RewardTrainingConfig}
 
     def __post_init__(self) -> None:
-        if self.training is None: object.__setattr__(self, 'training', practice_for(self.model))
+        if self.training is None: object.__setattr__(self, 'training', practice_for(self.model, not (self.conversations or self.labels)))
         for name, low in {'logs': 10, 'practice': 1, 'scenarios': 2, 'filtered_steps': 0, 'seed': 0}.items():
             v = self.__dict__[name]
             if isinstance(v, bool) or not isinstance(v, int) or v < low: raise ConfigError(f'{name}={v!r} — must be a whole number, at least {low}')
@@ -647,7 +650,7 @@ def _steps_ahead(c: ImproveConfig, logs: _Logs | None, labels: RewardDataset | N
     if logs: first = f'{len(logs[2])} conversations from {c.conversations or c.labels}; ' + (f'clone a tiny policy from them ({c.clone.steps} steps)' if c.model == 'tiny' else f'start from the model {c.model}')
     else: first = f'{c.logs} conversations of the support desk\'s clerks; clone a tiny policy from all of them ({c.clone.steps} steps)' + (f' and a rival from the successful ones ({c.filtered_steps} steps)' if c.filtered_steps else '')
     if labels is not None: first += f'; learn a reward from {labels} in {c.labels}, and pay practice with it and the word rules'
-    return (f'1. {first}\n2. practise {t.num_episodes} rounds of {t.prompts_per_step} scenarios x {t.num_generations} episodes (learning_rate {t.learning_rate:g}) on {n_train} scenarios\n'
+    return (f'1. {first}\n2. practise {t.num_episodes} rounds of {t.prompts_per_step} scenarios x {t.num_generations} episodes, {t.num_iterations} update{"s" * (t.num_iterations > 1)} on each (learning_rate {t.learning_rate:g}), on {n_train} scenarios\n'
             f'3. test everybody on {n_test} held-out scenarios, sampled and greedy\n4. write verdict.json, report.html, policy/, metrics.jsonl and trajectories.jsonl into {c.out} (seed {c.seed})'
             + (f'\n{c.out} holds a run already: --resume goes on with it' if (Path(c.out) / 'run.json').is_file() else ''))
 

@@ -36,7 +36,7 @@ def small_runs(monkeypatch):
     from stateset_nb import flywheel
     tiny, practice = flywheel.TinyConfig, flywheel.practice_for
     monkeypatch.setattr(flywheel, 'TinyConfig', lambda **kw: tiny(**kw | {'steps': 6, 'hidden_size': 16, 'layers': 1}))
-    monkeypatch.setattr(flywheel, 'practice_for', lambda model: replace(practice(model), num_episodes=2, prompts_per_step=2, num_generations=2, max_completion_length=8))
+    monkeypatch.setattr(flywheel, 'practice_for', lambda *about: replace(practice(*about), num_episodes=2, prompts_per_step=2, num_generations=2, max_completion_length=8))
 
 def test_every_snippet_of_the_readme_runs(tmp_path, monkeypatch):
     small_runs(monkeypatch)
