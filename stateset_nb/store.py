@@ -4,32 +4,211 @@
 
 # %% ../nbs/10_store.ipynb #6bb7ac95
 from __future__ import annotations
-import asyncio, contextlib, hashlib, hmac, json, math, os, re, secrets
+import asyncio, contextlib, hashlib, hmac, html, io, json, math, os, re, secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Protocol, Self
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, IntegrityError
-from .core import (BackendError, ConfigError, Conversation, DataError, Feedback, Message, Preference, Record, StateSetError, ToolCall, TrainingExample, Trajectory,
+from .core import (BackendError, ConfigError, Conversation, DataError, Feedback, Message, Preference, Record, TrainingExample, Trajectory,
                               as_messages, content_hash, read_json_object, require, unit_score, write_text)
 
 # %% auto #0
-__all__ = ['STEPS', 'EXAMPLE', 'FEEDBACK', 'PREFERENCE', 'SETTING', 'LABEL_STATES', 'Redactor', 'migrate', 'Database',
-           'provenance_hash', 'ExampleFilter', 'TrainingStore', 'set_labels', 'add_feedback', 'withdraw_feedback',
-           'read_feedback', 'add_preference', 'read_preferences', 'forget_user']
+__all__ = ['PERSONAL', 'STEPS', 'EXAMPLE', 'FEEDBACK', 'PREFERENCE', 'SETTING', 'LABEL_STATES', 'FORMATS', 'Redactor', 'migrate',
+           'Database', 'provenance_hash', 'ExampleFilter', 'TrainingStore', 'set_labels', 'add_feedback',
+           'withdraw_feedback', 'read_feedback', 'add_preference', 'read_preferences', 'forget_user', 'Refusal',
+           'IngestReport', 'ingest_file', 'AnswerScorer', 'TrainingDataCollector']
 
 # %% ../nbs/10_store.ipynb #4d79996f
+def _luhn(digits: str) -> bool:
+    "Does a card number pass its check digit?"
+    d = [int(c) for c in re.sub(r'\D', '', digits)]
+    return 13 <= len(d) <= 19 and sum(sum(divmod(2 * x, 10)) if i % 2 else x for i, x in enumerate(reversed(d))) % 10 == 0
+
+def _iban(text: str) -> bool:
+    "Does an account number pass its checksum?"
+    s = text.replace(' ', '')
+    return 15 <= len(s) <= 34 and int(''.join(str(int(c, 36)) for c in s[4:] + s[:4])) % 97 == 1
+
+# %% ../nbs/10_store.ipynb #c7954004
+_STREETS = 'Street|Avenue|Boulevard|Parkway|Highway|Terrace|Blvd|Ave|Lane|Road|Rd|Pkwy|Hwy'  # these alone say address
+_CAPITAL = 'St|Ln|Drive|Dr|Court|Ct|Way|Place|Pl|Square|Sq|Circle|Cir|Loop|Trail'            # these only after a capital letter
+_DATE = r'(?:\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}|(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*\.? \d{1,2}(?:st|nd|rd|th)?,? \d{4}|\d{1,2}(?:st|nd|rd|th|\.)? (?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*,? \d{4})'
+_STATES = 'A[KLRZ]|C[AOT]|D[CE]|FL|GA|HI|I[ADLN]|K[SY]|LA|M[ADEINOST]|N[CDEHJMVY]|O[HKR]|PA|RI|S[CD]|T[NX]|UT|V[AT]|W[AIVY]'
+_UNIT = r'(?:,? (?:Apt|Apartment|Suite|Ste|Unit)\.? ?#?\w{1,6}\b|,? #\d{1,5}\b)?'
+
+PERSONAL: tuple[tuple[str, str, str], ...] = (  # kind, a character it needs (d: a digit), pattern
+    ('EMAIL', '@', r'[\w.%+-]+@[\w-]+(?:\.[\w-]+)+'),
+    ('SECRET', 'd', r'(?i:\b(?:password|passcode|pin|cvv|cvc|security code)\b(?: is| was|:|=)+ ?["\']?)(?P<v>(?=[^\s"\'<>]*\d)[^\s"\'<>]{3,})'),
+    ('SECRET', 'd', r'\b(?P<v>(?:sk|pk|rk|ghp|gho|glpat|xox[abp])[-_][A-Za-z0-9_-]{16,}|AKIA[0-9A-Z]{16})\b'),
+    ('IBAN', 'd', r'\b(?P<v>[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?)\b'),
+    ('CARD', 'd', r'(?<![\w-])(?P<v>\d(?:[ -]?\d){12,18})(?![\w-])'),
+    ('SSN', '-', r'(?<![\w-])(?P<v>\d{3}-\d{2}-\d{4})(?![\w-])'),
+    ('BIRTHDAY', 'd', r'(?i:\b(?:born(?: on)?|birthday|birth ?date|date of birth|dob)\b\W{0,3}(?:is |was |on |in )?)(?P<v>' + _DATE + ')'),
+    ('IP', '.', r'(?<![\w.])(?P<v>(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d))(?![\w.])'),
+    ('PHONE', '+', r'(?<![\w+])(?P<v>\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d(?:[ ./-]?\d){5,12})(?![\w-])'),
+    ('PHONE', 'd', r'(?<![\w+-])(?P<v>(?:1[-. ])?(?:\(\d{3}\) ?|\d{3}[-. ])\d{3}[-. ]\d{4}|0\d{1,4}[ /-]\d{3,}(?:[ -]?\d+){0,4})(?![\w-])'),
+    ('PHONE', 'd', r'(?i:\b(?:phone|mobile|cell|telephone|tel|whatsapp|call(?: me)?(?: back)?(?: at| on)|reach me(?: at| on)|text me(?: at| on)|my number)\b(?: number)?\W{0,3}(?:is |at |on )?)(?P<v>\(?\d[\d .()-]{5,15}\d)(?![\w-])'),
+    ('ADDRESS', 'd', rf"(?<![\w-])(?P<v>\d{{1,5}}[A-Za-z]? (?:[\w'.-]+ ){{1,2}}(?i:{_STREETS})\b\.?{_UNIT}|\d{{1,5}}[A-Za-z]? (?:[A-Z][\w'.-]* ){{1,3}}(?:{_CAPITAL}|{_STREETS})\b\.?{_UNIT})"),
+    ('ADDRESS', 'd', r'\b(?P<v>[A-ZÄÖÜ][\wäöüß-]*(?:straße|strasse|str\.|weg|platz|allee|gasse) \d{1,4} ?[a-z]?)\b'),
+    ('ADDRESS', 'd', r'\b(?P<v>(?i:P\.? ?O\.? Box) \d{1,6})\b'),
+    ('ZIP', 'd', rf'\b(?:{_STATES}),? (?P<v>\d{{5}}(?:-\d{{4}})?)\b'),
+    ('ZIP', 'd', r'(?i:\b(?:zip|post ?code|postal code)\b(?: code)?\W{0,3}(?:is )?)(?P<v>\d{5}(?:-\d{4})?|[A-Z]{1,2}\d[A-Z\d]? ?\d[A-Z]{2})\b'),
+    ('ZIP', 'd', r'\b(?P<v>(?:GIR 0AA|[A-Z]{1,2}\d[A-Z\d]? \d[ABD-HJLNP-UW-Z]{2}))\b'),
+)
+_CHECKED: dict[str, Callable[[str], bool]] = {'CARD': _luhn, 'IBAN': _iban}
+_PATTERNS = tuple((kind, need, re.compile(p)) for kind, need, p in PERSONAL)
+
+# %% ../nbs/10_store.ipynb #10f3ac29
+_KEYS = {'first_name': 'NAME', 'last_name': 'NAME', 'full_name': 'NAME', 'firstname': 'NAME', 'lastname': 'NAME', 'given_name': 'NAME', 'family_name': 'NAME', 'surname': 'NAME', 'customer_name': 'NAME',
+         'email': 'EMAIL', 'phone': 'PHONE', 'phone_number': 'PHONE', 'mobile': 'PHONE', 'address': 'ADDRESS', 'address1': 'ADDRESS', 'address2': 'ADDRESS', 'street': 'ADDRESS', 'street_address': 'ADDRESS',
+         'zip': 'ZIP', 'zip_code': 'ZIP', 'postcode': 'ZIP', 'postal_code': 'ZIP', 'dob': 'BIRTHDAY', 'date_of_birth': 'BIRTHDAY', 'birthday': 'BIRTHDAY', 'user_id': 'USER', 'username': 'USER', 'login': 'USER'}
+_PERSON = {'email', 'phone', 'phone_number', 'address', 'address1', 'user_id', 'dob', 'date_of_birth'}
+
+def _recorded(v: Any) -> Iterator[tuple[str, str]]:
+    "(kind, value) of what the keys of a record say is personal."
+    if isinstance(v, dict):
+        keys = {k.lower(): x for k, x in v.items()}
+        for k, x in keys.items():
+            kind = _KEYS.get(k) or ('NAME' if k == 'name' and _PERSON & keys.keys() else None)
+            if kind and isinstance(x, (str, int)) and not isinstance(x, bool): yield kind, str(x)
+            else: yield from _recorded(x)
+    elif isinstance(v, (list, tuple)):
+        for x in v: yield from _recorded(x)
+
+# %% ../nbs/10_store.ipynb #aef50b80
+_INTRODUCED = (re.compile(r"(?i:\b(?:my name is|my name's|my full name is|full name:|the name is|i am called|name on the (?:card|order|account) is))\s+(?P<v>[^\W\d_][\w'’-]*(?:\s+(?!(?:and|i|my|the|from|with|but|order|email|or|so|please)\b)[^\W\d_][\w'’-]*)?)"),
+               re.compile(r"(?i:\b(?:i am|i'm|this is))\s+(?P<v>[A-Z][a-z'’-]+ [A-Z][a-z'’-]+)\b"),
+               re.compile(r"\b(?:[Hh]i|[Hh]ello|[Hh]ey),? (?P<v>[A-Z][a-z'’-]+ [A-Z][a-z'’-]+)(?= here\b)"),
+               re.compile(r"\b(?:Mr|Mrs|Ms|Dr)\.? (?P<v>[A-Z][\w'’-]+(?: [A-Z][\w'’-]+)?)"))
+_NAME_CUES = re.compile(r"name|I am|I'm|i am|i'm|[Tt]his is| here|Mrs?|Ms|Dr")
+_WORDS = set('will may mark bill grace hope joy rose art jack frank drew chase faith june april august summer dawn ray rich pat sue bob max miles dean king price young long case page day english'.split())
+
+def _introduced(text: str) -> Iterator[tuple[str, str]]:
+    "Names that somebody says are theirs, or that follow a title."
+    if _NAME_CUES.search(text): yield from (('NAME', m['v']) for p in _INTRODUCED for m in p.finditer(text))
+
+def _known_pattern(values: dict[str, str]) -> re.Pattern[str] | None:
+    "One pattern for the values known in a talk, longest first; a name that is also a word only as it was written."
+    forms = [re.escape(v) if v.lower() in _WORDS else f'(?i:{re.escape(v)})' for v in sorted(values, key=lambda v: (-len(v), v))]
+    return re.compile(r'<[A-Z]+_\d+>|(?<!\w)(?:' + '|'.join(forms) + r')(?!\w)') if forms else None
+
+# %% ../nbs/10_store.ipynb #e54ad292
+_PLACEHOLDER = re.compile(r'<([A-Z]+)_(\d+)>')
+
+class _Talk:
+    "What is known about one talk while it is redacted."
+    def __init__(self, patterns: Sequence[tuple[str, str, re.Pattern[str]]], value: Any) -> None:
+        self.patterns, self.given, self.last, self.known = patterns, dict[tuple[str, str], str](), Counter[str](), dict[str, str]()
+        for text in _texts(value):
+            if '<' in text:
+                for kind, n in _PLACEHOLDER.findall(text): self.last[kind] = max(self.last[kind], int(n))
+            self._learn(_introduced(text))
+        self._learn(_recorded(value))
+        self.pattern, self.kinds = _known_pattern(self.known), {v.lower(): k for v, k in self.known.items()}
+
+    def _learn(self, found: Iterable[tuple[str, str]]) -> None:
+        for kind, v in found:
+            for part in ([v, *v.split()] if kind == 'NAME' else [v]):
+                if len(part) >= (2 if kind == 'NAME' else 4) and '<' not in part: self.known.setdefault(part.strip(), kind)
+
+    def stands_for(self, kind: str, value: str) -> str:
+        "The placeholder of a value, the same each time."
+        same = re.sub(r'\D', '', value) if kind in ('PHONE', 'CARD', 'SSN') else re.sub(r'\W', '', value).casefold()
+        if (kind, same) not in self.given:
+            self.last[kind] += 1
+            self.given[kind, same] = f'<{kind}_{self.last[kind]}>'
+        return self.given[kind, same]
+
+    def text(self, text: str) -> str:
+        "Redact until nothing more is found, so that doing it again changes nothing."
+        while (new := self._once(text)) != text: text = new
+        return text
+
+    def _once(self, text: str) -> str:
+        if self.pattern is not None:
+            text = self.pattern.sub(lambda m: m[0] if m[0][0] == '<' else self.stands_for(self.kinds[m[0].lower()], m[0]), text)
+        digit = any(c in text for c in '0123456789')
+        for kind, need, p in self.patterns:
+            if digit if need == 'd' else need in text: text = p.sub(lambda m, kind=kind: self._swap(kind, m), text)  # type: ignore[misc]
+        return text
+
+    def _swap(self, kind: str, m: re.Match[str]) -> str:
+        v = m['v'] if 'v' in m.re.groupindex else m[0]
+        if (kind in _CHECKED and not _CHECKED[kind](v)) or '<' in v: return m[0]
+        return m[0][:len(m[0]) - len(v)] + self.stands_for(kind, v) if m[0].endswith(v) else m[0].replace(v, self.stands_for(kind, v))
+
+# %% ../nbs/10_store.ipynb #7711791f
+def _opened(text: str) -> Any:
+    "The object or list that a text holds as JSON; None for any other text."
+    if text[:1] not in ('{', '['): return None
+    try: return json.loads(text)
+    except (ValueError, RecursionError): return None
+
+def _texts(v: Any) -> Iterator[str]:
+    "Every text in a value."
+    if isinstance(v, str): yield v
+    elif isinstance(v, dict):
+        for k, x in v.items(): yield from (k, *_texts(x))
+    elif isinstance(v, (list, tuple)):
+        for x in v: yield from _texts(x)
+
+def _unfold(v: Any) -> Any:
+    "A value with the JSON in its texts opened, to learn from."
+    if isinstance(v, str): return v if (inner := _opened(v)) is None else _unfold(inner)
+    if isinstance(v, dict): return {k: _unfold(x) for k, x in v.items()}
+    return [_unfold(x) for x in v] if isinstance(v, (list, tuple)) else v
+
+def _sweep(v: Any, talk: _Talk) -> Any:
+    "A value with its personal data replaced; what holds none comes back as it was."
+    if isinstance(v, str):
+        if (inner := _opened(v)) is None: return talk.text(v)
+        return v if (new := _sweep(inner, talk)) == inner else json.dumps(new, ensure_ascii=False)
+    if isinstance(v, dict): return {talk.text(k) if '@' in k else k: _sweep(x, talk) for k, x in v.items()}
+    if isinstance(v, (list, tuple)): return [_sweep(x, talk) for x in v]
+    if isinstance(v, bool) or not isinstance(v, (int, float)): return v
+    return v if (new := talk.text(str(v))) == str(v) else new
+
+def _sweep_message(m: dict[str, Any], talk: _Talk) -> dict[str, Any]:
+    "A message whose words are redacted; its role, its ids and the names of its tools are no personal data."
+    calls = [c | {'function': c['function'] | {'arguments': _sweep(c['function']['arguments'], talk)}} for c in m.get('tool_calls', ())]
+    rest = {k: v if k in ('role', 'tool_call_id', 'name', 'tool_calls') else _sweep(v, talk) for k, v in m.items()}
+    return rest | ({'tool_calls': calls} if calls else {})
+
+# %% ../nbs/10_store.ipynb #bfa7aae6
 class Redactor:
-    "Takes personal data out of what is stored."
-    def value(self, v: Any) -> Any: return v
-    def example(self, e: TrainingExample) -> TrainingExample: return replace(e, redacted={})
+    "Takes personal data out of texts and records, the same value always giving the same placeholder within one."
+    def __init__(
+        self,
+        extra: dict[str, str] | None = None,  # further kinds by name, e.g. {'CONTRACT': r'\bC-\d{8}\b'}
+    ) -> None:
+        for kind in extra or {}:
+            if not re.fullmatch('[A-Z]+', kind): raise ConfigError(f'kind {kind!r} — expected capital letters, as in CONTRACT')
+        try: self.patterns = (*((k, '', re.compile(p)) for k, p in (extra or {}).items()), *_PATTERNS)
+        except re.error as e: raise ConfigError(f'the pattern {e.pattern!r} cannot be read: {e} — expected a regular expression') from None
+
+    def value(
+        self,
+        value: Any,  # JSON values: a text, a list of messages, a record's dict
+    ) -> Any:        # the same without personal data
+        "Redact a value as one talk."
+        return _sweep(value, _Talk(self.patterns, _unfold(value)))
+
+    def example(
+        self,
+        example: TrainingExample,  # as it came
+    ) -> TrainingExample:          # without personal data in what was said and what was known; `redacted` counts what went, by kind
+        "Redact an example."
+        said, knew = [m.to_dict() for m in (*example.messages, example.response)], example.context
+        talk = _Talk(self.patterns, _unfold([said, knew]))
+        *before, answer = (Message.from_dict(_sweep_message(m, talk)) for m in said)
+        return replace(example, messages=tuple(before), response=answer, context=_sweep(knew, talk), redacted=dict(Counter(kind for kind, _ in talk.given)))
 
 # %% ../nbs/10_store.ipynb #c4593a12
 @contextmanager
@@ -163,7 +342,8 @@ def provenance_hash(
     example: TrainingExample,  # an answer, after redaction
 ) -> str:                      # 64 hexadecimal digits
     "The fingerprint of what was said, by which agent and model."
-    return content_hash([example.agent, example.model, [_said(m) for m in (*example.messages, example.response)]], 64)
+    try: return content_hash([example.agent, example.model, [_said(m) for m in (*example.messages, example.response)]], 64)
+    except UnicodeEncodeError: raise DataError(f'{example.id or "example"}: half a character (a lone \\ud8.. or \\udc..) — expected whole ones — the text was cut inside an emoji') from None
 
 # %% ../nbs/10_store.ipynb #1b3f22fa
 _RANGES = {'quality': (0, 5), 'tools_correct': (0, 1), 'satisfaction': (0, 5), 'confidence': (0, 1)}
@@ -263,7 +443,7 @@ def _pages(db: Database, query: sa.Select[Any], *key: sa.ColumnElement[Any], siz
         with db.reading() as c: rows = c.execute(query.where(*after).order_by(*key).limit(size)).all()
         yield from rows
         if len(rows) < size: return
-        last = tuple(getattr(rows[-1], k.name) for k in key)  # type: ignore[attr-defined]
+        last = tuple(getattr(rows[-1], k.name) for k in key)
 
 # %% ../nbs/10_store.ipynb #53c3c942
 def _insert(c: sa.Connection, table: sa.Table) -> Any:
@@ -272,22 +452,27 @@ def _insert(c: sa.Connection, table: sa.Table) -> Any:
 
 def _insert_examples(c: sa.Connection, rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     "What became of each row: (added | known | duplicate | conflict, id of the example that stands for it)."
-    ordered = sorted(rows, key=lambda r: r['id'])  # two writers take their rows in one order and never wait in a circle
+    first: dict[str, dict[str, Any]] = {}
+    hashes: set[str] = set()
+    for r in rows:
+        if r['id'] not in first and r['content_hash'] not in hashes: first[r['id']] = r  # of two with the same content, the first
+        hashes.add(r['content_hash'])
+    ordered = [first[i] for i in sorted(first)]  # two writers take their rows in one order and never wait in a circle
     new = set(c.execute(_insert(c, EXAMPLE).returning(EXAMPLE.c.id), ordered).scalars())
-    ids, hashes = [r['id'] for r in rows], [r['content_hash'] for r in rows]
-    found = c.execute(sa.select(EXAMPLE.c.id, EXAMPLE.c.content_hash).where(sa.or_(EXAMPLE.c.id.in_(ids), EXAMPLE.c.content_hash.in_(hashes)))).all()
+    named = EXAMPLE.c.id.in_([r['id'] for r in rows])
+    found = c.execute(sa.select(EXAMPLE.c.id, EXAMPLE.c.content_hash).where(sa.or_(named, EXAMPLE.c.content_hash.in_(hashes)))).all()
     by_id, by_hash = {i: h for i, h in found}, {h: i for i, h in found}
     def fate(i: str, h: str) -> tuple[str, str]:
         if by_id.get(i) == h and i in new:
             new.remove(i)
             return 'added', i
         return ('known', i) if by_id.get(i) == h else ('duplicate', by_hash[h]) if h in by_hash else ('conflict', i)
-    return [fate(i, h) for i, h in zip(ids, hashes)]
+    return [fate(r['id'], r['content_hash']) for r in rows]
 
 # %% ../nbs/10_store.ipynb #947c3b93
 def _user_hash(user: str, key: bytes) -> str:
     "A customer's id as nobody can read it back without the key."
-    return user if not user or re.fullmatch(r'u:[0-9a-f]{24}', user) else 'u:' + hmac.new(key, user.encode(), hashlib.sha256).hexdigest()[:24]
+    return user if not user or re.fullmatch(r'u:[0-9a-f]{24}', user) else 'u:' + hmac.new(key, user.encode('utf-8', 'surrogatepass'), hashlib.sha256).hexdigest()[:24]
 
 def _user_key(db: Database) -> bytes:
     "STATESET_NB_USER_KEY of the environment, else a random key made once and kept in the database."
@@ -343,7 +528,7 @@ class TrainingStore(Database):
         examples: Sequence[TrainingExample],  # one batch, some hundreds
     ) -> list[tuple[str, str]]:  # for each: added, known, duplicate or conflict (its id stands for something else), and the id under which it is found
         "Keep a batch in one transaction."
-        rows = [_row(e) for e in self.ready(examples)]
+        rows = [_row(self.ready(e)) for e in examples]
         with self.begin() as c: return _insert_examples(c, rows)
 
     def add(
@@ -357,11 +542,13 @@ class TrainingStore(Database):
 
     def ready(
         self,
-        examples: Iterable[TrainingExample],  # as they came
-    ) -> list[TrainingExample]:  # as they would be stored
+        example: TrainingExample,  # as it came
+    ) -> TrainingExample:          # as it would be stored; raises `DataError` when it cannot be
         "Take personal data out, and fill in what is missing: id, time, the hash in place of the user."
-        seen = [e if self.redactor is None or e.redacted is not None else self.redactor.example(e) for e in examples]
-        return [replace(e, id=e.id or provenance_hash(e)[:16], created_at=_utc(e.created_at, e.id or 'example'), user=_user_hash(e.user, self._key)) for e in seen]
+        e = example if self.redactor is None or example.redacted is not None else self.redactor.example(example)
+        e = replace(e, id=e.id or provenance_hash(e)[:16], created_at=_utc(e.created_at, e.id or 'example'), user=_user_hash(e.user, self._key))
+        _row(e)
+        return e
 
     def get(
         self,
@@ -404,9 +591,9 @@ def set_labels(
     return store.get(example_id)
 
 # %% ../nbs/10_store.ipynb #bbe94d77
-def _own_words(store: TrainingStore, d: dict[str, Any]) -> dict[str, Any]:
-    "What a person wrote, without personal data, with an id and a time."
-    d = d if store.redactor is None else store.redactor.value(d)
+def _own_words(store: TrainingStore, d: dict[str, Any], *written: str) -> dict[str, Any]:
+    "A record whose `written` fields are without personal data, with an id and a time."
+    if store.redactor is not None: d = d | store.redactor.value({k: d[k] for k in written})
     return d | {'id': d['id'] or secrets.token_hex(8), 'created_at': _utc(d['created_at'], 'feedback')}
 
 def add_feedback(
@@ -415,7 +602,7 @@ def add_feedback(
 ) -> Feedback:             # as it is stored, with its revision
     "Keep a rating; the example's quality follows."
     score, _ = feedback.score, [unit_score(v, feedback.scale) for v in feedback.aspects.values()]
-    f = Feedback.from_dict(_own_words(store, feedback.to_dict()))
+    f = Feedback.from_dict(_own_words(store, feedback.to_dict(), 'comment', 'suggested_response'))
     for k in ('id', 'labeller'): _plain_name(getattr(f, k), f.example_id, k)
     with store.begin() as c: return _add_feedback(c, f, score)
 
@@ -453,7 +640,7 @@ def add_preference(
     "Keep which of two answers is better."
     prompt = preference.prompt if isinstance(preference.prompt, str) else as_messages(preference.prompt)
     if preference.chosen == preference.rejected: raise DataError('chosen and rejected are the same — expected two answers — a tie is no preference')
-    d = _own_words(store, replace(preference, prompt=prompt).to_dict())
+    d = _own_words(store, replace(preference, prompt=prompt).to_dict(), 'prompt', 'chosen', 'rejected')
     row = {'id': _plain_name(d['id'], 'preference', 'id'), 'group_id': _plain_name(d['group'], 'preference', 'group'), 'labeller': _plain_name(d['labeller'], 'preference', 'labeller'),
            'created_at': d['created_at'], 'body': _dump(d, 'preference')}
     with store.begin() as c:
@@ -483,3 +670,325 @@ def forget_user(
         for i in ids: c.execute(PREFERENCE.delete().where(PREFERENCE.c.group_id == i))
         if ids: c.execute(EXAMPLE.delete().where(EXAMPLE.c.user_hash == _user_hash(user, store._key)))
     return len(ids)
+
+# %% ../nbs/10_store.ipynb #89ddafd1
+_LONGEST = 1 << 24  # bytes of one conversation; a longer line is refused unread
+_Found = tuple[str, dict[str, Any] | DataError]
+
+def _line_objects(f: BinaryIO, name: str) -> Iterator[_Found]:
+    "The objects of a JSONL file, each with its place; an error in place of one that cannot be read."
+    n = 0
+    while raw := f.readline(_LONGEST):
+        n, where = n + 1, f'{name} line {n + 1}'
+        if len(raw) == _LONGEST and not raw.endswith(b'\n'):
+            while (more := f.readline(_LONGEST)) and not more.endswith(b'\n'): pass
+            yield where, DataError(f'{where}: longer than {_LONGEST >> 20} MB — expected one conversation a line')
+            continue
+        if n == 1: raw = raw.removeprefix(b'\xef\xbb\xbf')
+        if not raw.strip(): continue
+        try: d: dict[str, Any] | DataError = read_json_object(raw, where)
+        except DataError as e: d = e
+        yield where, d
+
+# %% ../nbs/10_store.ipynb #2de63750
+_BETWEEN = re.compile(r'[\s,]*')
+
+def _list_objects(f: BinaryIO, name: str) -> Iterator[_Found]:
+    "The objects of a file that is one JSON list."
+    source, decoder, text, at, line = io.TextIOWrapper(f, 'utf-8-sig'), json.JSONDecoder(), '', 0, 1
+    def grow() -> bool:
+        nonlocal text, at, line
+        line += text.count('\n', 0, at)
+        text, at = text[at:] + (new := source.read(1 << 18)), 0
+        return bool(new) and len(text) < _LONGEST
+    def refused(why: object) -> _Found: return where, DataError(f'{where}: not JSON: {why} — the rest of the list was not read')
+    where = f'{name} line 1'
+    try:
+        grow()
+        at = text.index('[') + 1
+        while True:
+            at = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]
+            where = f'{name} line {line + text.count(chr(10), 0, at)}'
+            if text[at:at + 1] == ']': break
+            try: d, at = decoder.raw_decode(text, at)
+            except (ValueError, RecursionError) as e:
+                if grow(): continue
+                yield refused(getattr(e, 'msg', e))
+                return
+            yield where, d if isinstance(d, dict) else DataError(f'{where}: {type(d).__name__} — expected a JSON object')
+        if (text[at + 1:] + source.read(1 << 18)).strip(): yield refused('text after the end of the list')
+    except UnicodeDecodeError as e: yield refused(f'not UTF-8 text: {e.reason}')
+    finally: source.detach()
+
+# %% ../nbs/10_store.ipynb #1f6ad1a7
+def _objects(path: str | os.PathLike[str]) -> Iterator[_Found]:
+    "The objects of a JSONL file or of a JSON list."
+    p = Path(path)
+    try: f = p.open('rb')
+    except OSError as e: raise DataError(f'{p}: {e.strerror or e} — expected a file of conversations') from None
+    with f:
+        start = f.read(4096).removeprefix(b'\xef\xbb\xbf').lstrip()
+        f.seek(0)
+        yield from (_list_objects if start[:1] == b'[' else _line_objects)(f, p.name)
+
+# %% ../nbs/10_store.ipynb #bbc5280b
+_TIMES = ('created_at', 'timestamp', 'start_time', 'create_time', 'created')
+
+def _example(messages: Sequence[Message], where: str, id: object, known: dict[str, Any]) -> TrainingExample:
+    "A talk as an example: the last answer, and the talk up to it."
+    last = max((i for i, m in enumerate(messages) if m.role == 'assistant' and (m.text or m.tool_calls)), default=-1)
+    if last < 0: raise DataError(f'{where}: no answer of the assistant — expected one to learn from')
+    if last == 0: raise DataError(f'{where}: nothing was said before the answer — expected a question')
+    when = next((known.pop(k) for k in _TIMES if known.get(k)), '')
+    if isinstance(when, (int, float)): when = datetime.fromtimestamp(when, timezone.utc).isoformat()
+    mine: dict[str, Any] = {k: known.pop(k) for k in ('agent', 'model', 'run_id', 'scenario_id', 'split', 'user') if isinstance(known.get(k), str)}
+    metrics = {k: known.pop(k) for k in ('latency_s', 'tokens', 'cost_usd') if isinstance(known.get(k), (int, float))}
+    return TrainingExample(str(id or ''), tuple(messages[:last]), messages[last], created_at=when, metrics=metrics, context=known, **mine)
+
+def _from_openai(d: dict[str, Any], where: str) -> TrainingExample:
+    "A line in the OpenAI chat format: `messages`, perhaps `id`, `rating` and whatever else a log keeps."
+    c = Conversation.from_dict({k: v for k, v in d.items() if k != 'id'}, where)
+    return _example(c.messages, where, d.get('id'), c.metadata | ({'rating': c.rating} if c.rating is not None else {}))
+
+# %% ../nbs/10_store.ipynb #0ca0b17c
+_SPEAKERS = {'human': 'user', 'user': 'user', 'gpt': 'assistant', 'chatgpt': 'assistant', 'assistant': 'assistant', 'model': 'assistant', 'system': 'system',
+             'function_call': 'call', 'tool_call': 'call', 'observation': 'tool', 'tool': 'tool', 'function_response': 'tool', 'tool_response': 'tool'}
+
+def _share_turn(t: Any, where: str, n: int) -> dict[str, Any]:
+    "One turn of ShareGPT as a chat message."
+    if not isinstance(t, dict) or not isinstance(t.get('value'), str): raise DataError(f'{where}: conversations[{n}] is {t!r:.60} — expected {{"from": ..., "value": text}}')
+    if (role := _SPEAKERS.get(t.get('from', ''))) is None: raise DataError(f'{where}: conversations[{n}].from={t.get("from")!r:.40} — expected one of {", ".join(_SPEAKERS)}')
+    if role != 'call': return {'role': role, 'content': t['value']}
+    call = read_json_object(t['value'], f'{where}: conversations[{n}]')
+    return {'role': 'assistant', 'content': None, 'tool_calls': [{'id': f'call_{n}', 'function': {'name': call.get('name'), 'arguments': call.get('arguments', '{}')}}]}
+
+def _from_sharegpt(d: dict[str, Any], where: str) -> TrainingExample:
+    "A ShareGPT conversation: `conversations`, a list of `from` and `value`."
+    turns = d.get('conversations')
+    if not isinstance(turns, list) or not turns: raise DataError(f'{where}: no conversations — expected {{"conversations": [{{"from": "human", "value": ...}}, ...]}}')
+    ms = [_share_turn(t, where, i) for i, t in enumerate(turns)]
+    for before, m in zip(ms, ms[1:]):
+        if m['role'] == 'tool' and before.get('tool_calls'): m['tool_call_id'] = before['tool_calls'][0]['id']
+    if isinstance(d.get('system'), str) and ms[0]['role'] != 'system': ms.insert(0, {'role': 'system', 'content': d['system']})
+    messages = [Message.from_dict(m, f'{where}: conversations[{i}]') for i, m in enumerate(ms)]
+    return _example(messages, where, d.get('id'), {k: v for k, v in d.items() if k not in ('conversations', 'id', 'system')})
+
+# %% ../nbs/10_store.ipynb #8f77a194
+_CHAIN_ROLES = {'human': 'user', 'user': 'user', 'ai': 'assistant', 'assistant': 'assistant', 'AIMessageChunk': 'assistant', 'system': 'system', 'developer': 'developer', 'tool': 'tool', 'function': 'tool'}
+_CHAIN_CLASSES = {'HumanMessage': 'human', 'AIMessage': 'ai', 'AIMessageChunk': 'ai', 'SystemMessage': 'system', 'ToolMessage': 'tool', 'FunctionMessage': 'function'}
+
+def _chain_text(content: Any) -> Any:
+    "LangChain's content: text, or blocks of which we read the text; a block that repeats a tool call is left to `tool_calls`."
+    if not isinstance(content, list): return content
+    return [{'type': 'text', 'text': b} if isinstance(b, str) else b for b in content if not (isinstance(b, dict) and b.get('type') in ('tool_use', 'tool_call', 'thinking', 'reasoning'))]
+
+def _chain_call(c: Any, where: str) -> dict[str, Any]:
+    "A tool call in LangChain's form (`name`, `args`) or OpenAI's."
+    if not isinstance(c, dict): raise DataError(f'{where}: {c!r:.60} is no tool call — expected {{"name": ..., "args": ...}}')
+    return c if 'function' in c else {'id': c.get('id'), 'function': {'name': c.get('name'), 'arguments': c.get('args', {})}}
+
+def _chain_message(m: Any, where: str) -> Message:
+    "A LangChain or OpenAI message."
+    if not isinstance(m, dict): raise DataError(f'{where}: a message is {type(m).__name__} — expected an object')
+    if 'role' in m and 'type' not in m: return Message.from_dict(m, where)
+    named = m.get('id')
+    kind = _CHAIN_CLASSES.get(named[-1], named[-1]) if m.get('type') == 'constructor' and isinstance(named, list) and named else m.get('type')
+    d = m.get('kwargs') if m.get('type') == 'constructor' else m.get('data', m)
+    if not isinstance(d, dict) or kind not in _CHAIN_ROLES: raise DataError(f'{where}: message of type {kind!r:.40} — expected one of {", ".join(_CHAIN_ROLES)}')
+    more = d.get('additional_kwargs') if isinstance(d.get('additional_kwargs'), dict) else {}
+    calls = d.get('tool_calls') or (more or {}).get('tool_calls') or []
+    res = {'role': _CHAIN_ROLES[kind], 'content': _chain_text(d.get('content')), 'tool_calls': [_chain_call(c, where) for c in calls]}
+    return Message.from_dict(res | {k: d[k] for k in ('tool_call_id', 'name') if isinstance(d.get(k), str)}, where)
+
+# %% ../nbs/10_store.ipynb #4b9643cc
+def _first(v: Any) -> Any:
+    "The innermost first item: runs of a model hold lists of one."
+    while isinstance(v, list) and v and isinstance(v[0], list): v = v[0]
+    return v
+
+def _run_answer(out: Any, asked: int, where: str) -> list[Any]:
+    "The messages that a run's outputs add to what was asked."
+    if isinstance(out, dict):
+        if isinstance(g := _first(out.get('generations')), list) and g and isinstance(g[0], dict): return [g[0].get('message') or {'role': 'assistant', 'content': g[0].get('text')}]
+        if isinstance(ch := out.get('choices'), list) and ch and isinstance(ch[0], dict): return [ch[0].get('message')]
+        if isinstance(ms := _first(out.get('messages')), list) and ms: return ms[asked:] if len(ms) > asked else ms
+        if 'role' in out: return [out]
+        for k in ('message', 'output', 'answer', 'content', 'text'):
+            if isinstance(v := out.get(k), str): return [{'role': 'assistant', 'content': v}]
+            if isinstance(v, dict): return [v]
+    raise DataError(f'{where}: outputs hold no answer — expected generations, choices, messages or output')
+
+def _run_question(inputs: Any, where: str) -> list[Any]:
+    "The messages of a run's inputs."
+    if isinstance(inputs, dict):
+        if isinstance(ms := _first(inputs.get('messages')), list) and ms: return ms
+        for k in ('input', 'question', 'query'):
+            if isinstance(v := inputs.get(k), str): return [{'role': 'user', 'content': v}]
+            if isinstance(v, list) and v: return v
+    raise DataError(f'{where}: inputs hold no messages — expected messages, input or question')
+
+# %% ../nbs/10_store.ipynb #d4779b8f
+def _seconds(run: dict[str, Any], where: str) -> dict[str, float]:
+    "How long a run took, where it says."
+    if not (isinstance(run.get('start_time'), str) and isinstance(run.get('end_time'), str)): return {}
+    a, b = (datetime.fromisoformat(_utc(run[k], where)) for k in ('start_time', 'end_time'))
+    return {'latency_s': (b - a).total_seconds()}
+
+def _from_langsmith(d: dict[str, Any], where: str) -> TrainingExample:
+    "A LangSmith run, or a LangChain history (`messages` alone)."
+    if d.get('error') and not d.get('outputs'): raise DataError(f'{where}: the run failed: {d["error"]!s:.80}')
+    asked = _run_question(d.get('inputs', d), where)
+    said = asked + (_run_answer(d['outputs'], len(asked), where) if 'outputs' in d else [])
+    messages = [_chain_message(m, f'{where}: message {i}') for i, m in enumerate(said)]
+    known: dict[str, Any] = {k: d[k] for k in ('feedback_stats', 'tags', 'start_time', 'session_name') if d.get(k)} | _seconds(d, where)
+    for ours, theirs in (('tokens', 'total_tokens'), ('cost_usd', 'total_cost')):
+        if d.get(theirs) is not None: known[ours] = float(d[theirs])
+    more = d.get('extra') if isinstance(d.get('extra'), dict) else {}
+    model = ((more or {}).get('metadata') or {}).get('ls_model_name')
+    return _example(messages, where, d.get('trace_id') or d.get('id'), known | ({'model': model} if isinstance(model, str) else {}))
+
+# %% ../nbs/10_store.ipynb #09da5ee6
+def _last_runs(path: str | os.PathLike[str]) -> set[str]:
+    "Where the run that stands for its trace is, for each trace of a LangSmith export."
+    best: dict[str, tuple[tuple[bool, str], str]] = {}
+    for where, d in _objects(path):
+        if isinstance(d, DataError): continue
+        rank = (d.get('run_type') == 'llm' and bool(d.get('outputs')), str(d.get('start_time') or ''))
+        trace = str(d.get('trace_id') or d.get('id') or where)
+        if trace not in best or rank >= best[trace][0]: best[trace] = rank, where
+    return {where for _, where in best.values()}
+
+# %% ../nbs/10_store.ipynb #18f5bb70
+@dataclass(frozen=True)
+class Refusal(Record):
+    "Something that was not stored."
+    where: str  # file and line
+    why: str    # what was seen, and what was expected
+
+@dataclass(frozen=True)
+class IngestReport(Record):
+    "What became of a file."
+    read: int = 0         # objects in the file
+    added: int = 0        # new examples
+    known: int = 0        # there already: same id, same content
+    duplicates: int = 0   # same content as another example
+    passed_over: int = 0  # runs of a trace that another run stands for
+    refused: int = 0      # not stored; the first thousand are listed
+    refusals: tuple[Refusal, ...] = ()  # which, and why
+    redacted: dict[str, int] = field(default_factory=dict, hash=False)  # values of personal data taken out of the new examples, by kind
+    schema: int = 1
+    _nested: ClassVar[dict[str, type]] = {'refusals': Refusal}
+
+    def _repr_html_(self) -> str:
+        face = ' · '.join(f'{k} {getattr(self, k):,}' for k in ('read', 'added', 'known', 'duplicates', 'passed_over', 'refused'))
+        gone = ' · '.join(f'{k} {n:,}' for k, n in sorted(self.redacted.items()))
+        lines = ''.join(f'<li><code>{html.escape(r.where)}</code> {html.escape(r.why)}</li>' for r in self.refusals[:20])
+        return f'<div><p>{face}</p>' + (f'<p>taken out: {html.escape(gone)}</p>' if gone else '') + (f'<ul>{lines}</ul>' if lines else '') + '</div>'
+
+# %% ../nbs/10_store.ipynb #2cbbe61e
+FORMATS: dict[str, Callable[[dict[str, Any], str], TrainingExample]] = {
+    'openai': _from_openai, 'sharegpt': _from_sharegpt, 'langsmith': _from_langsmith, 'stateset': lambda d, where: TrainingExample.from_dict(d, where)}
+
+def _finished(e: TrainingExample, where: str, format: str, given: dict[str, Any], scale: tuple[float, float]) -> TrainingExample:
+    "An example with what the caller knows about the file, its place in it and the rating of its user."
+    if format == 'stateset': return e
+    rating = e.context.get('rating')
+    try: content: dict[str, float | None] = {} if rating is None else {'satisfaction': unit_score(rating, scale) * 5}
+    except DataError as err: raise DataError(f'{where}: {err}') from None
+    e = replace(e, provenance={'place': where, 'format': format}, labels=e.labels | content, label_sources=e.label_sources | dict.fromkeys(content, 'user'))
+    return replace(e, **{k: v for k, v in given.items() if v and not getattr(e, k)})
+
+# %% ../nbs/10_store.ipynb #23e1f666
+_LISTED = 1000
+
+def ingest_file(
+    store: TrainingStore,             # where it goes
+    path: str | os.PathLike[str],     # JSONL, or one JSON list
+    format: str = 'openai',           # openai, sharegpt, langsmith (also LangChain), or stateset, our own
+    agent: str = '',                  # which agent answered, where the file does not say
+    model: str = '',                  # with which model, where the file does not say
+    run_id: str = '',                 # a name for this lot
+    rating_scale: tuple[float, float] = (1, 5),  # lowest and highest rating of the file's users
+    batch: int = 500,                 # examples a transaction
+    on_batch: Callable[[IngestReport], None] | None = None,  # called after each commit with what is stored by then
+) -> IngestReport:                    # what became of each object; raises `DataError` for a file that cannot be opened or is empty
+    "Read conversations from a file, redact them and keep them."
+    if format not in FORMATS: raise ConfigError(f'format={format!r} — expected one of {", ".join(FORMATS)}')
+    if batch < 1: raise ConfigError(f'batch={batch} — must be at least 1')
+    chosen = _last_runs(path) if format == 'langsmith' else None
+    report, objects, given = IngestReport(), _objects(path), {'agent': agent, 'model': model, 'run_id': run_id}
+    while lot := list(islice(objects, batch)):
+        report = _ingest_lot(store, lot, chosen, lambda d, where: _finished(FORMATS[format](d, where), where, format, given, rating_scale), report)
+        if on_batch is not None: on_batch(report)
+    if not report.read: raise DataError(f'{path}: the file is empty — expected one conversation a line')
+    return report
+
+def _ingest_lot(store: TrainingStore, lot: Sequence[_Found], chosen: set[str] | None, read: Callable[[dict[str, Any], str], TrainingExample], report: IngestReport) -> IngestReport:
+    "Keep what can be kept of some objects, in one transaction."
+    kept: list[tuple[str, TrainingExample]] = []
+    refused, passed = [], 0
+    for where, d in lot:
+        try:
+            if isinstance(d, DataError): raise d
+            if chosen is not None and where not in chosen: passed += 1
+            else: kept.append((where, store.ready(read(d, where))))
+        except DataError as why: refused.append(Refusal(where, str(why).removeprefix(f'{where}: ')))
+    fates = store.add_many([e for _, e in kept]) if kept else []
+    refused += [Refusal(where, f'the id {i!r} stands for another example') for (where, _), (what, i) in zip(kept, fates) if what == 'conflict']
+    n, gone = Counter(what for what, _ in fates), Counter(report.redacted)
+    for (_, e), (what, _i) in zip(kept, fates): gone.update((e.redacted or {}) if what == 'added' else {})
+    return replace(report, read=report.read + len(lot), added=report.added + n['added'], known=report.known + n['known'], duplicates=report.duplicates + n['duplicate'], redacted=dict(gone),
+                   passed_over=report.passed_over + passed, refused=report.refused + len(refused), refusals=(*report.refusals, *refused)[:_LISTED])
+
+# %% ../nbs/10_store.ipynb #e5a61188
+class AnswerScorer(Protocol):
+    "What a collector needs of a reward."
+    async def compute_reward(
+        self,
+        turns: Sequence[Message],  # the whole talk
+        context: Any = None,       # what else is known
+    ) -> Any:                      # has a `score` from 0 to 1
+        "How good the answer is."
+
+def _as_example(result: TrainingExample | Conversation | Trajectory, given: dict[str, Any]) -> TrainingExample:
+    "A result as an example."
+    if isinstance(result, TrainingExample): e = result
+    elif isinstance(result, Conversation): e = _example(result.messages, result.id, result.id, dict(result.metadata))
+    elif isinstance(result, Trajectory):
+        tokens = {'tokens': float(sum(sum(s.mask) for s in result.segments))} if result.segments else {}
+        known = tokens | {'scenario_id': result.scenario_id} | ({'error': result.error} if result.error else {})
+        run = given.get('run_id')  # episodes of another run have the same names
+        e = _example(result.messages, result.id, f'{run}/{result.id}' if run else '', known)
+        e = replace(e, source='rollout', provenance={'trajectory': result.id, 'seed': result.seed, 'policy_version': result.policy_version})
+        if isinstance(ok := result.info.get('success'), bool): e = replace(e, labels={'success': float(ok)}, label_sources={'success': 'environment'})
+    else: raise DataError(f'the result is {type(result).__name__} — expected a Conversation, a Trajectory or a TrainingExample')
+    return replace(e, **{k: v for k, v in given.items() if v and not getattr(e, k)})
+
+# %% ../nbs/10_store.ipynb #3bbb78e3
+class TrainingDataCollector:
+    "Keeps results as training examples, with a quality where a reward can give one."
+    def __init__(
+        self,
+        store: TrainingStore,                  # where they go
+        reward_fn: AnswerScorer | None = None, # gives the quality; None leaves it open
+        agent: str = '',                       # which agent answers, where a result does not say
+        model: str = '',                       # with which model, where a result does not say
+        run_id: str = '',                      # a name for this lot
+        label_source: str = 'judge',           # who `reward_fn` is: judge or rule
+    ) -> None:
+        self.store, self.reward_fn, self.label_source = store, reward_fn, label_source
+        self.given: dict[str, Any] = {'agent': agent, 'model': model, 'run_id': run_id}
+
+    async def collect(
+        self,
+        result: TrainingExample | Conversation | Trajectory,  # what an agent did
+    ) -> TrainingExample:  # as it is stored: without personal data; of two with the same content, the first
+        "Redact, score and keep one result; the store is written to in another thread."
+        e = self.store.ready(_as_example(result, self.given))
+        if self.reward_fn is not None and e.labels.get('quality') is None: e = await self._scored(e, self.reward_fn)
+        return await asyncio.to_thread(self.store.add, e)
+
+    async def _scored(self, e: TrainingExample, reward_fn: AnswerScorer) -> TrainingExample:
+        try: quality, said = unit_score((await reward_fn.compute_reward([*e.messages, e.response])).score, (0, 1)) * 5, self.label_source
+        except Exception as err: quality, said = None, f'{self.label_source} failed: {type(err).__name__}: {err}'[:300]
+        return replace(e, labels=e.labels | {'quality': quality}, label_sources=e.label_sources | {'quality': said})
