@@ -47,7 +47,7 @@ def check(q):
 
 # ---- the log
 
-acts = st.lists(st.tuples(st.sampled_from(['label', 'label', 'skip', 'undo', 'undo', 'again', 'reopen']), st.sampled_from(['ann', 'ben']), st.integers(0, 2), st.integers(1, 5)), max_size=14)
+acts = st.lists(st.tuples(st.sampled_from(['label', 'label', 'skip', 'undo', 'undo', 'again', 'reopen']), st.sampled_from(['ann', 'ben']), st.integers(0, 1), st.integers(1, 5)), min_size=8, max_size=24)
 count = itertools.count()
 
 def do(views, sent, kind, who, i, rating):
