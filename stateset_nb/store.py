@@ -942,7 +942,7 @@ def _ingest_lot(store: TrainingStore, lot: Sequence[_Found], chosen: set[str] | 
             if isinstance(d, DataError): raise d
             if chosen is not None and where not in chosen: passed += 1
             else: kept.append((where, store.ready(read(d, where))))
-        except DataError as why: refused.append(Refusal(where, str(why).removeprefix(f'{where}: ')))
+        except DataError as why: refused.append(Refusal(where, str(why).removeprefix(where).lstrip(': ')))
     fates = store.add_many([e for _, e in kept]) if kept else []
     refused += [Refusal(where, f'the id {i!r} stands for another example') for (where, _), (what, i) in zip(kept, fates) if what == 'conflict']
     n, gone = Counter(what for what, _ in fates), Counter(report.redacted)

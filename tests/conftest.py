@@ -39,7 +39,7 @@ def root(): return ROOT
 
 @pytest.fixture(scope='session')
 def postgres():
-    """`postgres()` gives the address of an empty database on a PostgreSQL server that lives as long as the tests.
+    """`postgres()` gives the address of an empty schema on a PostgreSQL server that lives as long as the tests.
 
     Its language is English on purpose: a text that is sorted by code point must be so here too. A server refuses to be root's, so root gives it to somebody else."""
     found = sorted(Path('/usr/lib/postgresql').glob('*/bin/initdb'), key=lambda f: int(f.parts[-3])) or [Path(f) for f in [shutil.which('initdb')] if f]
@@ -62,9 +62,9 @@ def postgres():
             import psycopg
             count = itertools.count()
             def fresh():
-                name = f'db{next(count)}'
-                with psycopg.connect(f'host=127.0.0.1 port={port} user=test dbname=postgres', autocommit=True) as c: c.execute(f'CREATE DATABASE {name}')
-                return f'postgresql://test@127.0.0.1:{port}/{name}'
+                name = f's{next(count)}'
+                with psycopg.connect(f'host=127.0.0.1 port={port} user=test dbname=postgres') as c: c.execute(f'CREATE SCHEMA {name}')
+                return f'postgresql://test@127.0.0.1:{port}/postgres?options=-csearch_path%3D{name}'
             yield fresh
         finally: call(bin/'pg_ctl', '-D', f'{tmp}/d', '-m', 'immediate', 'stop')
 
