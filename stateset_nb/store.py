@@ -12,18 +12,20 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Protocol, Self
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from .core import (BackendError, ConfigError, Conversation, DataError, Feedback, Message, Preference, Record, TrainingExample, Trajectory,
                               as_messages, content_hash, read_json_object, require, unit_score, write_text)
+if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['PERSONAL', 'STEPS', 'EXAMPLE', 'FEEDBACK', 'PREFERENCE', 'SETTING', 'LABEL_STATES', 'FORMATS', 'Redactor', 'migrate',
-           'Database', 'provenance_hash', 'ExampleFilter', 'TrainingStore', 'set_labels', 'add_feedback',
+__all__ = ['PERSONAL', 'STEPS', 'EXAMPLE', 'FEEDBACK', 'PREFERENCE', 'SETTING', 'LABEL_STATES', 'FORMATS', 'EXPORTS', 'Redactor',
+           'migrate', 'Database', 'provenance_hash', 'ExampleFilter', 'TrainingStore', 'set_labels', 'add_feedback',
            'withdraw_feedback', 'read_feedback', 'add_preference', 'read_preferences', 'forget_user', 'Refusal',
-           'IngestReport', 'ingest_file', 'AnswerScorer', 'TrainingDataCollector']
+           'IngestReport', 'ingest_file', 'AnswerScorer', 'TrainingDataCollector', 'ExportReport', 'export_file',
+           'to_pandas', 'to_dataset']
 
 # %% ../nbs/10_store.ipynb #4d79996f
 def _luhn(digits: str) -> bool:
@@ -221,7 +223,8 @@ def _said_plainly() -> Iterator[None]:
 def _sqlite_engine(url: sa.URL) -> sa.Engine:
     "SQLite as several threads and processes can share it: readers never wait, one writer at a time, on disk when a commit returns."
     if url.database in (None, '', ':memory:'): raise ConfigError('a store in memory is another one in each thread — give a file, such as sqlite:///stateset.db')
-    Path(url.database).resolve().parent.mkdir(parents=True, exist_ok=True)
+    try: Path(url.database).resolve().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise BackendError(f'the folder of {url.database} cannot be made: {e.strerror}') from e
     engine = sa.create_engine(url.set(drivername='sqlite+pysqlite'), hide_parameters=True)
     @sa.event.listens_for(engine, 'connect')
     def connect(raw: Any, _: Any) -> None:
@@ -349,7 +352,9 @@ def provenance_hash(
 _RANGES = {'quality': (0, 5), 'tools_correct': (0, 1), 'satisfaction': (0, 5), 'confidence': (0, 1)}
 
 def _check_numbers(e: TrainingExample) -> None:
-    "Refuse labels and metrics out of range, naming them."
+    "Refuse labels and metrics out of range, and fields of another kind, naming them."
+    for k in ('labels', 'metrics', 'label_sources', 'context', 'provenance', 'redacted'):
+        if not isinstance(v := getattr(e, k), dict) and (v is not None or k != 'redacted'): raise DataError(f'{e.id or "example"}: {k} is {type(v).__name__} — expected an object')
     for k, v in (*e.labels.items(), *e.metrics.items()):
         if v is None and k in e.labels: continue
         if isinstance(v, bool) or not isinstance(v, (int, float)) or not math.isfinite(v): raise DataError(f'{e.id or "example"}: {k}={v!r} — expected a number')
@@ -545,6 +550,7 @@ class TrainingStore(Database):
         example: TrainingExample,  # as it came
     ) -> TrainingExample:          # as it would be stored; raises `DataError` when it cannot be
         "Take personal data out, and fill in what is missing: id, time, the hash in place of the user."
+        if not isinstance(example.messages, tuple) or not isinstance(example.response, Message): raise DataError(f'{example.id}: messages or response are of another kind — expected a list of messages, and a message')
         e = example if self.redactor is None or example.redacted is not None else self.redactor.example(example)
         e = replace(e, id=e.id or provenance_hash(e)[:16], created_at=_utc(e.created_at, e.id or 'example'), user=_user_hash(e.user, self._key))
         _row(e)
@@ -740,7 +746,9 @@ def _example(messages: Sequence[Message], where: str, id: object, known: dict[st
     if last < 0: raise DataError(f'{where}: no answer of the assistant — expected one to learn from')
     if last == 0: raise DataError(f'{where}: nothing was said before the answer — expected a question')
     when = next((known.pop(k) for k in _TIMES if known.get(k)), '')
-    if isinstance(when, (int, float)): when = datetime.fromtimestamp(when, timezone.utc).isoformat()
+    if isinstance(when, (int, float)):  # seconds, or milliseconds
+        try: when = datetime.fromtimestamp(when / 1000 if when > 1e11 else when, timezone.utc).isoformat()
+        except (ValueError, OverflowError, OSError): raise DataError(f'{where}: the time {when!r} — expected seconds since 1970, or a time like 2026-01-31T12:00:00Z') from None
     mine: dict[str, Any] = {k: known.pop(k) for k in ('agent', 'model', 'run_id', 'scenario_id', 'split', 'user') if isinstance(known.get(k), str)}
     metrics = {k: known.pop(k) for k in ('latency_s', 'tokens', 'cost_usd') if isinstance(known.get(k), (int, float))}
     return TrainingExample(str(id or ''), tuple(messages[:last]), messages[last], created_at=when, metrics=metrics, context=known, **mine)
@@ -757,7 +765,7 @@ _SPEAKERS = {'human': 'user', 'user': 'user', 'gpt': 'assistant', 'chatgpt': 'as
 def _share_turn(t: Any, where: str, n: int) -> dict[str, Any]:
     "One turn of ShareGPT as a chat message."
     if not isinstance(t, dict) or not isinstance(t.get('value'), str): raise DataError(f'{where}: conversations[{n}] is {t!r:.60} — expected {{"from": ..., "value": text}}')
-    if (role := _SPEAKERS.get(t.get('from', ''))) is None: raise DataError(f'{where}: conversations[{n}].from={t.get("from")!r:.40} — expected one of {", ".join(_SPEAKERS)}')
+    if (role := _SPEAKERS.get(str(t.get('from')))) is None: raise DataError(f'{where}: conversations[{n}].from={t.get("from")!r:.40} — expected one of {", ".join(_SPEAKERS)}')
     if role != 'call': return {'role': role, 'content': t['value']}
     call = read_json_object(t['value'], f'{where}: conversations[{n}]')
     return {'role': 'assistant', 'content': None, 'tool_calls': [{'id': f'call_{n}', 'function': {'name': call.get('name'), 'arguments': call.get('arguments', '{}')}}]}
@@ -792,7 +800,8 @@ def _chain_message(m: Any, where: str) -> Message:
     if not isinstance(m, dict): raise DataError(f'{where}: a message is {type(m).__name__} — expected an object')
     if 'role' in m and 'type' not in m: return Message.from_dict(m, where)
     named = m.get('id')
-    kind = _CHAIN_CLASSES.get(named[-1], named[-1]) if m.get('type') == 'constructor' and isinstance(named, list) and named else m.get('type')
+    kind = str(named[-1] if m.get('type') == 'constructor' and isinstance(named, list) and named else m.get('type'))
+    kind = _CHAIN_CLASSES.get(kind, kind)
     d = m.get('kwargs') if m.get('type') == 'constructor' else m.get('data', m)
     if not isinstance(d, dict) or kind not in _CHAIN_ROLES: raise DataError(f'{where}: message of type {kind!r:.40} — expected one of {", ".join(_CHAIN_ROLES)}')
     more = d.get('additional_kwargs') if isinstance(d.get('additional_kwargs'), dict) else {}
@@ -842,7 +851,8 @@ def _from_langsmith(d: dict[str, Any], where: str) -> TrainingExample:
     messages = [_chain_message(m, f'{where}: message {i}') for i, m in enumerate(said)]
     known: dict[str, Any] = {k: d[k] for k in ('feedback_stats', 'tags', 'start_time', 'session_name') if d.get(k)} | _seconds(d, where)
     for ours, theirs in (('tokens', 'total_tokens'), ('cost_usd', 'total_cost')):
-        if d.get(theirs) is not None: known[ours] = float(d[theirs])
+        try: known |= {} if d.get(theirs) is None else {ours: float(d[theirs])}
+        except (TypeError, ValueError): raise DataError(f'{where}: {theirs}={d[theirs]!r:.40} — expected a number') from None
     more = d.get('extra') if isinstance(d.get('extra'), dict) else {}
     model = ((more or {}).get('metadata') or {}).get('ls_model_name')
     return _example(messages, where, d.get('trace_id') or d.get('id'), known | ({'model': model} if isinstance(model, str) else {}))
@@ -932,7 +942,7 @@ def _ingest_lot(store: TrainingStore, lot: Sequence[_Found], chosen: set[str] | 
             if isinstance(d, DataError): raise d
             if chosen is not None and where not in chosen: passed += 1
             else: kept.append((where, store.ready(read(d, where))))
-        except DataError as why: refused.append(Refusal(where, str(why).removeprefix(f'{where}: ')))
+        except DataError as why: refused.append(Refusal(where, str(why).removeprefix(where).lstrip(': ')))
     fates = store.add_many([e for _, e in kept]) if kept else []
     refused += [Refusal(where, f'the id {i!r} stands for another example') for (where, _), (what, i) in zip(kept, fates) if what == 'conflict']
     n, gone = Counter(what for what, _ in fates), Counter(report.redacted)
@@ -992,3 +1002,129 @@ class TrainingDataCollector:
         try: quality, said = unit_score((await reward_fn.compute_reward([*e.messages, e.response])).score, (0, 1)) * 5, self.label_source
         except Exception as err: quality, said = None, f'{self.label_source} failed: {type(err).__name__}: {err}'[:300]
         return replace(e, labels=e.labels | {'quality': quality}, label_sources=e.label_sources | {'quality': said})
+
+# %% ../nbs/10_store.ipynb #46e79bfc
+def _chat(m: dict[str, Any]) -> dict[str, Any]:
+    "A stored message with the keys that a trainer knows."
+    return {k: v for k in ('role', 'content', 'tool_calls', 'tool_call_id', 'name') if (v := m.get(k)) is not None or k == 'content'}
+
+def _asked(d: dict[str, Any]) -> list[dict[str, Any]]: return [_chat(m) for m in d['messages']]
+
+def _turn(text: str) -> list[dict[str, Any]]: return [{'role': 'assistant', 'content': text}]
+
+def _with_tools(d: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    "A row, with the tools the agent had where they are known."
+    return row | ({'tools': tools} if isinstance(tools := d['context'].get('tools'), list) and tools else {})
+
+# %% ../nbs/10_store.ipynb #b84b0475
+def _rows(store: TrainingStore, where: ExampleFilter) -> Iterator[dict[str, Any]]:
+    "The examples that match, as plain JSON, by id."
+    for row in _pages(store, sa.select(*_SHOWN).where(*_conditions(where)), EXAMPLE.c.id): yield _body(row)
+
+def _suggestions(store: TrainingStore, where: ExampleFilter) -> Iterator[tuple[dict[str, Any], Feedback]]:
+    "(example, feedback) wherever somebody suggested another answer, whatever the quality of the one given."
+    about = replace(where, min_quality=None, max_quality=None, label_state=None)
+    c, later = FEEDBACK.c, FEEDBACK.alias()
+    newer = sa.exists().where(later.c.example_id == c.example_id, later.c.labeller == c.labeller, later.c.revision > c.revision)
+    query = (sa.select(*_SHOWN, c.labeller, c.body.label('said')).select_from(EXAMPLE.join(FEEDBACK, EXAMPLE.c.id == c.example_id))
+             .where(*_conditions(about), c.score.is_not(None), ~newer))
+    for row in _pages(store, query, EXAMPLE.c.id, c.labeller):
+        f = _feedback(row.said)
+        if f.suggested_response: yield _body(row), f
+
+# %% ../nbs/10_store.ipynb #021a51f2
+def _sft(store: TrainingStore, where: ExampleFilter, shape: Callable[[dict[str, Any], list[dict[str, Any]]], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    "A row for each answer, and one for each suggested answer."
+    for d in _rows(store, where): yield _with_tools(d, shape(d, [_chat(d['response'])]))
+    for d, f in _suggestions(store, where): yield _with_tools(d, shape(d, _turn(f.suggested_response or '')))
+
+def _openai_rows(store: TrainingStore, where: ExampleFilter) -> Iterator[dict[str, Any]]: return _sft(store, where, lambda d, said: {'messages': _asked(d) + said})
+
+def _trl_rows(store: TrainingStore, where: ExampleFilter) -> Iterator[dict[str, Any]]: return _sft(store, where, lambda d, said: {'prompt': _asked(d), 'completion': said})
+
+def _kto_rows(store: TrainingStore, where: ExampleFilter) -> Iterator[dict[str, Any]]:
+    for d in _rows(store, where):
+        if (q := d['labels'].get('quality')) is not None and not 3 <= q < 4: yield _with_tools(d, {'prompt': _asked(d), 'completion': [_chat(d['response'])], 'label': q >= 4})
+    for d, f in _suggestions(store, where): yield _with_tools(d, {'prompt': _asked(d), 'completion': _turn(f.suggested_response or ''), 'label': True})
+
+def _stateset_rows(store: TrainingStore, where: ExampleFilter) -> Iterator[dict[str, Any]]: return _rows(store, where)
+
+# %% ../nbs/10_store.ipynb #86d78204
+def _preference_rows(store: TrainingStore, where: ExampleFilter) -> Iterator[dict[str, Any]]:
+    "What people preferred, then each suggestion over the answer it mends."
+    for p in read_preferences(store):
+        prompt = [{'role': 'user', 'content': p.prompt}] if isinstance(p.prompt, str) else [_chat(m.to_dict()) for m in as_messages(p.prompt)]
+        yield {'prompt': prompt, 'chosen': _turn(p.chosen), 'rejected': _turn(p.rejected)}
+    for d, f in _suggestions(store, where):
+        if f.suggested_response != Message.from_dict(d['response']).text: yield {'prompt': _asked(d), 'chosen': _turn(f.suggested_response or ''), 'rejected': [_chat(d['response'])]}
+
+def _sharegpt_rows(store: TrainingStore, where: ExampleFilter) -> Iterator[dict[str, Any]]:
+    "Back into ShareGPT's words."
+    back = {'user': 'human', 'assistant': 'gpt', 'system': 'system', 'developer': 'system', 'tool': 'observation'}
+    for d in _rows(store, where):
+        turns = []
+        for m in map(Message.from_dict, (*d['messages'], d['response'])):
+            turns += [{'from': back[m.role], 'value': m.text}] if m.text or not m.tool_calls else []
+            turns += [{'from': 'function_call', 'value': json.dumps({'name': c.name, 'arguments': c.arguments}, ensure_ascii=False)} for c in m.tool_calls]
+        yield {'id': d['id'], 'conversations': turns}
+
+EXPORTS: dict[str, Callable[[TrainingStore, ExampleFilter], Iterator[dict[str, Any]]]] = {
+    'openai': _openai_rows, 'trl': _trl_rows, 'preference': _preference_rows, 'kto': _kto_rows, 'sharegpt': _sharegpt_rows, 'stateset': _stateset_rows}
+
+# %% ../nbs/10_store.ipynb #4395ad52
+@dataclass(frozen=True)
+class ExportReport(Record):
+    "What an exported file is made of; it stands beside the file as its manifest."
+    file: str            # its name
+    format: str          # openai, trl, preference, kto, sharegpt or stateset
+    rows: int            # how many it has
+    sha256: str          # of the whole file
+    where: ExampleFilter # which examples were asked for
+    schema: int = 1
+    _nested: ClassVar[dict[str, type]] = {'where': ExampleFilter}
+
+def export_file(
+    store: TrainingStore,             # what to take from
+    path: str | os.PathLike[str],     # the JSONL file to make or replace; its manifest gets '.manifest.json' after the name
+    format: str = 'openai',           # openai, trl (prompt and completion), preference, kto, sharegpt, or stateset, our own
+    where: ExampleFilter = ExampleFilter(),  # which examples
+) -> ExportReport:                    # what was written; raises `DataError` when nothing matches
+    "Write a training set, a row at a time."
+    if format not in EXPORTS: raise ConfigError(f'format={format!r} — expected one of {", ".join(EXPORTS)}')
+    total, digest = 0, hashlib.sha256()
+    def lines() -> Iterator[str]:
+        nonlocal total
+        for row in EXPORTS[format](store, where):
+            text = _dump(row, f'row {total}') + '\n'
+            digest.update(text.encode())
+            total += 1
+            yield text
+        if not total: raise DataError(f'nothing in the store matches {({k: v for k, v in where.to_dict().items() if v is not None and k != "schema"})} as {format} — expected at least one row — widen the filter')
+    p = write_text(path, lines())
+    report = ExportReport(p.name, format, total, digest.hexdigest(), where)
+    write_text(f'{p}.manifest.json', json.dumps(report.to_dict(), indent=1))
+    return report
+
+# %% ../nbs/10_store.ipynb #b07e1f31
+def to_pandas(
+    store: TrainingStore,                    # what to take from
+    where: ExampleFilter = ExampleFilter(),  # which examples
+) -> pd.DataFrame:                           # a row each: query, response, tools, labels and metrics
+    "Examples as a table."
+    import pandas as pd
+    names = ('id', 'created_at', 'agent', 'model', 'run_id', 'scenario_id', 'source', 'split', 'query')
+    def row(e: TrainingExample) -> dict[str, Any]:
+        return {k: getattr(e, k) for k in names} | {'response': e.response.text, 'tools_used': ', '.join(e.tools_used)} | dict.fromkeys(_RANGES) | e.labels | e.metrics
+    return pd.DataFrame([row(e) for e in store.examples(where)], columns=None if store.count(where) else [*names, 'response', 'tools_used', *_RANGES])
+
+def to_dataset(
+    store: TrainingStore,                    # what to take from
+    folder: str | os.PathLike[str],          # where the dataset's files go
+    format: str = 'trl',                     # as in `export_file`
+    where: ExampleFilter = ExampleFilter(),  # which examples
+) -> Any:                                    # a `datasets.Dataset` over the files in `folder`
+    "Examples as a Hugging Face dataset, not held in memory."
+    datasets = require('datasets', 'trl')
+    path = Path(folder, f'{format}.jsonl')
+    report = export_file(store, path, format, where)
+    return datasets.Dataset.from_json(str(path), cache_dir=str(Path(folder, report.sha256[:16])))
