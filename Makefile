@@ -50,6 +50,7 @@ bench-full: $(ready) ## every seed and rival of the demo, every case of the engi
 	@python benchmarks/engine.py
 	@python benchmarks/credit.py
 	@python benchmarks/reward.py
+	@python benchmarks/labelling.py
 
 system:         ## Debian and Ubuntu: install the browser and the PostgreSQL server that the tests drive
 	@tools/system.sh

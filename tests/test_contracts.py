@@ -190,7 +190,7 @@ def test_the_checker_catches_a_broken_reward(rule, reward):
 
 def examples():
     "One example of every record, each field away from its default where it has one."
-    from stateset_nb import ABTestResult, ComparisonTable, Criterion, ExampleFilter, ExportReport, IngestReport, Interval, JudgeAgreement, PairedComparison, Refusal, RewardHistory, Rubric, TestResult, TestResults, TrainingMetrics
+    from stateset_nb import ABTestResult, ComparisonTable, Criterion, ExampleFilter, ExportReport, IngestReport, Interval, JudgeAgreement, Label, LabelEvent, PairedComparison, Refusal, RewardHistory, Rubric, TestResult, TestResults, TrainingMetrics
     call = ToolCall('refund_order', '{"order_id": "4712"}', 'c1')
     talk = (Message('user', 'Refund #4712 ☂'), Message('assistant', None, (call,)), Message('tool', 'done', (), 'c1', 'refund_order'), Message('assistant', 'It is refunded.'))
     segment = Segment((11, 22, 33), (0, 1, 1), (0., -.25, -.5), ((1, 3),))
@@ -206,7 +206,8 @@ def examples():
             TrainingMetrics(task_completion_rate=Interval(.5, .4, .6, 100)), table, ABTestResult(tests, tests, table), r,
             Rubric((Criterion('right', 'Is it true?', ((1, 'false'), (4, 'true')), 2.),), 1, 4, 'The record decides.'), JudgeAgreement('pairs', 40, {'kappa': Interval(.5, .4, .6, 40)}, {'length': 'all as long'}),
             RewardHistory(({'phase': 1, 'epoch': 1, 'loss': .5, 'val_loss': .25},)), chosen, ExportReport('sft.jsonl', 'trl', 12, 'ab12', chosen),
-            IngestReport(9, 3, 2, 1, 1, 2, (Refusal('log.jsonl line 4', 'no messages'),), {'NAME': 3})]
+            IngestReport(9, 3, 2, 1, 1, 2, (Refusal('log.jsonl line 4', 'no messages'),), {'NAME': 3}),
+            LabelEvent('key-1', 'ann', 'label', 'e1⟷e2', Label(None, 'right', (1, 0), {'speed': 4}, 'Says when.', 'It comes on Monday.', ('track_parcel',)), 1770000000.5, 7.25)]
 
 if __name__ == '__main__':
     for x in examples():

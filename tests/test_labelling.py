@@ -248,6 +248,16 @@ def test_nothing_is_lost_from_sight_however_often_the_order_changes(store):
     ask_again(q, ['t7'])
     assert q.next() is None and LabelQueue(store, 'q', 'ben').next().id == 't7'
 
+def test_a_new_order_holds_from_the_next_item_on_and_leaves_the_audit_alone(store):
+    q = queue_of(store, 60, audit=.5)
+    with store.reading() as c: by_chance = {r.item_id: r.rank for r in c.execute(sa.select(L.ITEMS).where(L._of(L.ITEMS, 'q', reason='audit')))}
+    held = q.upcoming(4)
+    best = [f't{i}' for i in range(59, -1, -1) if f't{i}' not in by_chance and f't{i}' not in {h.id for h in held}]
+    assert rank_queue(LabelQueue(store, 'q', 'owner'), {i: 100. - k for k, i in enumerate(best)}) == 30
+    got = [i.id for i in q.upcoming(24)]
+    assert got[:4] == [h.id for h in held] and [i for i in got[4:] if i not in by_chance][:6] == best[:6]
+    with store.reading() as c: assert by_chance == {r.item_id: r.rank for r in c.execute(sa.select(L.ITEMS).where(L._of(L.ITEMS, 'q', reason='audit')))}
+
 # ---- pairs
 
 def test_sides_are_hidden_drawn_and_recorded(store):
