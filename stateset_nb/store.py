@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Protocol, Self
@@ -45,27 +46,30 @@ _DATE = r'(?:\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}|(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|
 _STATES = 'A[KLRZ]|C[AOT]|D[CE]|FL|GA|HI|I[ADLN]|K[SY]|LA|M[ADEINOST]|N[CDEHJMVY]|O[HKR]|PA|RI|S[CD]|T[NX]|UT|V[AT]|W[AIVY]'
 _UNIT = r'(?:,? (?:Apt|Apartment|Suite|Ste|Unit)\.? ?#?\w{1,6}\b|,? #\d{1,5}\b)?'
 
-PERSONAL: tuple[tuple[str, str, str], ...] = (  # kind, a character it needs (d: a digit), pattern
-    ('EMAIL', '@', r'[\w.%+-]+@[\w-]+(?:\.[\w-]+)+'),
-    ('SECRET', 'd', r'(?i:\b(?:password|passcode|pin|cvv|cvc|security code)\b(?: is| was|:|=)+ ?["\']?)(?P<v>(?=[^\s"\'<>]*\d)[^\s"\'<>]{3,})'),
-    ('SECRET', 'd', r'\b(?P<v>(?:sk|pk|rk|ghp|gho|glpat|xox[abp])[-_][A-Za-z0-9_-]{16,}|AKIA[0-9A-Z]{16})\b'),
-    ('IBAN', 'd', r'\b(?P<v>[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?)\b'),
-    ('CARD', 'd', r'(?<![\w-])(?P<v>\d(?:[ -]?\d){12,18})(?![\w-])'),
-    ('SSN', '-', r'(?<![\w-])(?P<v>\d{3}-\d{2}-\d{4})(?![\w-])'),
-    ('BIRTHDAY', 'd', r'(?i:\b(?:born(?: on)?|birthday|birth ?date|date of birth|dob)\b\W{0,3}(?:is |was |on |in )?)(?P<v>' + _DATE + ')'),
-    ('IP', '.', r'(?<![\w.])(?P<v>(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d))(?![\w.])'),
-    ('PHONE', '+', r'(?<![\w+])(?P<v>\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d(?:[ ./-]?\d){5,12})(?![\w-])'),
-    ('PHONE', 'd', r'(?<![\w+-])(?P<v>(?:1[-. ])?(?:\(\d{3}\) ?|\d{3}[-. ])\d{3}[-. ]\d{4}|0\d{1,4}[ /-]\d{3,}(?:[ -]?\d+){0,4})(?![\w-])'),
-    ('PHONE', 'd', r'(?i:\b(?:phone|mobile|cell|telephone|tel|whatsapp|call(?: me)?(?: back)?(?: at| on)|reach me(?: at| on)|text me(?: at| on)|my number)\b(?: number)?\W{0,3}(?:is |at |on )?)(?P<v>\(?\d[\d .()-]{5,15}\d)(?![\w-])'),
-    ('ADDRESS', 'd', rf"(?<![\w-])(?P<v>\d{{1,5}}[A-Za-z]? (?:[\w'.-]+ ){{1,2}}(?i:{_STREETS})\b\.?{_UNIT}|\d{{1,5}}[A-Za-z]? (?:[A-Z][\w'.-]* ){{1,3}}(?:{_CAPITAL}|{_STREETS})\b\.?{_UNIT})"),
-    ('ADDRESS', 'd', r'\b(?P<v>[A-ZÄÖÜ][\wäöüß-]*(?:straße|strasse|str\.|weg|platz|allee|gasse) \d{1,4} ?[a-z]?)\b'),
-    ('ADDRESS', 'd', r'\b(?P<v>(?i:P\.? ?O\.? Box) \d{1,6})\b'),
-    ('ZIP', 'd', rf'\b(?:{_STATES}),? (?P<v>\d{{5}}(?:-\d{{4}})?)\b'),
-    ('ZIP', 'd', r'(?i:\b(?:zip|post ?code|postal code)\b(?: code)?\W{0,3}(?:is )?)(?P<v>\d{5}(?:-\d{4})?|[A-Z]{1,2}\d[A-Z\d]? ?\d[A-Z]{2})\b'),
-    ('ZIP', 'd', r'\b(?P<v>(?:GIR 0AA|[A-Z]{1,2}\d[A-Z\d]? \d[ABD-HJLNP-UW-Z]{2}))\b'),
+_STREET_WORDS = ' '.join(f'{w.lower()}' for w in f'{_STREETS}|{_CAPITAL}'.split('|'))
+
+PERSONAL: tuple[tuple[str, int, str, str], ...] = (  # kind, digits it needs, words of which it needs one, pattern
+    ('EMAIL', 0, '@', r'[\w.%+-]+@[\w-]+(?:\.[\w-]+)+'),
+    ('SECRET', 1, 'passw passc pin cvv cvc code', r'(?i:\b(?:password|passcode|pin|cvv|cvc|security code)\b(?: is| was|:|=)+ ?["\']?)(?P<v>(?=[^\s"\'<>]*\d)[^\s"\'<>]{3,})'),
+    ('SECRET', 0, 'sk- sk_ pk- pk_ rk- rk_ gh glpat xox akia', r'\b(?P<v>(?:sk|pk|rk|ghp|gho|glpat|xox[abp])[-_][A-Za-z0-9_-]{16,}|AKIA[0-9A-Z]{16})\b'),
+    ('IBAN', 10, '', r'\b(?P<v>[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?)\b'),
+    ('CARD', 13, '', r'(?<![\w-])(?P<v>\d(?:[ -]?\d){12,18})(?![\w-])'),
+    ('SSN', 9, '-', r'(?<![\w-])(?P<v>\d{3}-\d{2}-\d{4})(?![\w-])'),
+    ('BIRTHDAY', 4, 'born birth dob', r'(?i:\b(?:born(?: on)?|birthday|birth ?date|date of birth|dob)\b\W{0,3}(?:is |was |on |in )?)(?P<v>' + _DATE + ')'),
+    ('IP', 4, '.', r'(?<![\w.])(?P<v>(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d))(?![\w.])'),
+    ('PHONE', 7, '+', r'(?<![\w+])(?P<v>\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d(?:[ ./-]?\d){5,12})(?![\w-])'),
+    ('PHONE', 7, '', r'(?<![\w+-])(?P<v>(?:1[-. ])?(?:\(\d{3}\) ?|\d{3}[-. ])\d{3}[-. ]\d{4}|0\d{1,4}[ /-]\d{3,}(?:[ -]?\d+){0,4})(?![\w-])'),
+    ('PHONE', 7, 'phone mobile cell tel whatsapp call reach text number', r'(?i:\b(?:phone|mobile|cell|telephone|tel|whatsapp|call(?: me)?(?: back)?(?: at| on)|reach me(?: at| on)|text me(?: at| on)|my number)\b(?: number)?\W{0,3}(?:is |at |on )?)(?P<v>\(?\d[\d .()-]{5,15}\d)(?![\w-])'),
+    ('ADDRESS', 1, _STREET_WORDS, rf"(?<![\w-])(?P<v>\d{{1,5}}[A-Za-z]? (?:[\w'.-]+ ){{1,2}}(?i:{_STREETS})\b\.?{_UNIT}|\d{{1,5}}[A-Za-z]? (?:[A-Z][\w'.-]* ){{1,3}}(?:{_CAPITAL}|{_STREETS})\b\.?{_UNIT})"),
+    ('ADDRESS', 1, 'straße strasse str. weg platz allee gasse', r'\b(?P<v>[A-ZÄÖÜ][\wäöüß-]*(?:straße|strasse|str\.|weg|platz|allee|gasse) \d{1,4} ?[a-z]?)\b'),
+    ('ADDRESS', 1, 'box', r'\b(?P<v>(?i:P\.? ?O\.? Box) \d{1,6})\b'),
+    ('ZIP', 5, '', rf'\b(?:{_STATES}),? (?P<v>\d{{5}}(?:-\d{{4}})?)\b'),
+    ('ZIP', 2, 'zip post', r'(?i:\b(?:zip|post ?code|postal code)\b(?: code)?\W{0,3}(?:is )?)(?P<v>\d{5}(?:-\d{4})?|[A-Z]{1,2}\d[A-Z\d]? ?\d[A-Z]{2})\b'),
+    ('ZIP', 1, '', r'\b(?P<v>(?:GIR 0AA|[A-Z]{1,2}\d[A-Z\d]? \d[ABD-HJLNP-UW-Z]{2}))\b'),
 )
 _CHECKED: dict[str, Callable[[str], bool]] = {'CARD': _luhn, 'IBAN': _iban}
-_PATTERNS = tuple((kind, need, re.compile(p)) for kind, need, p in PERSONAL)
+_Pattern = tuple[str, int, tuple[str, ...], re.Pattern[str]]
+_PATTERNS: tuple[_Pattern, ...] = tuple((kind, digits, tuple(words.split()), re.compile(p)) for kind, digits, words, p in PERSONAL)
 
 # %% ../nbs/10_store.ipynb #10f3ac29
 _KEYS = {'first_name': 'NAME', 'last_name': 'NAME', 'full_name': 'NAME', 'firstname': 'NAME', 'lastname': 'NAME', 'given_name': 'NAME', 'family_name': 'NAME', 'surname': 'NAME', 'customer_name': 'NAME',
@@ -73,16 +77,12 @@ _KEYS = {'first_name': 'NAME', 'last_name': 'NAME', 'full_name': 'NAME', 'firstn
          'zip': 'ZIP', 'zip_code': 'ZIP', 'postcode': 'ZIP', 'postal_code': 'ZIP', 'dob': 'BIRTHDAY', 'date_of_birth': 'BIRTHDAY', 'birthday': 'BIRTHDAY', 'user_id': 'USER', 'username': 'USER', 'login': 'USER'}
 _PERSON = {'email', 'phone', 'phone_number', 'address', 'address1', 'user_id', 'dob', 'date_of_birth'}
 
-def _recorded(v: Any) -> Iterator[tuple[str, str]]:
-    "(kind, value) of what the keys of a record say is personal."
-    if isinstance(v, dict):
-        keys = {k.lower(): x for k, x in v.items()}
-        for k, x in keys.items():
-            kind = _KEYS.get(k) or ('NAME' if k == 'name' and _PERSON & keys.keys() else None)
-            if kind and isinstance(x, (str, int)) and not isinstance(x, bool): yield kind, str(x)
-            else: yield from _recorded(x)
-    elif isinstance(v, (list, tuple)):
-        for x in v: yield from _recorded(x)
+def _recorded(v: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    "(kind, value) of what the keys of one record say is personal."
+    keys = {k.lower(): x for k, x in v.items()}
+    for k, x in keys.items():
+        kind = _KEYS.get(k) or ('NAME' if k == 'name' and _PERSON & keys.keys() else None)
+        if kind and isinstance(x, (str, int)) and not isinstance(x, bool): yield kind, str(x)
 
 # %% ../nbs/10_store.ipynb #aef50b80
 _INTRODUCED = (re.compile(r"(?i:\b(?:my name is|my name's|my full name is|full name:|the name is|i am called|name on the (?:card|order|account) is))\s+(?P<v>[^\W\d_][\w'’-]*(?:\s+(?!(?:and|i|my|the|from|with|but|order|email|or|so|please)\b)[^\W\d_][\w'’-]*)?)"),
@@ -96,24 +96,44 @@ def _introduced(text: str) -> Iterator[tuple[str, str]]:
     "Names that somebody says are theirs, or that follow a title."
     if _NAME_CUES.search(text): yield from (('NAME', m['v']) for p in _INTRODUCED for m in p.finditer(text))
 
-def _known_pattern(values: dict[str, str]) -> re.Pattern[str] | None:
-    "One pattern for the values known in a talk, longest first; a name that is also a word only as it was written."
-    forms = [re.escape(v) if v.lower() in _WORDS else f'(?i:{re.escape(v)})' for v in sorted(values, key=lambda v: (-len(v), v))]
-    return re.compile(r'<[A-Z]+_\d+>|(?<!\w)(?:' + '|'.join(forms) + r')(?!\w)') if forms else None
+def _find_word(v: str, text: str, lower: str) -> Iterator[int]:
+    "Where a value stands in a text as a word of its own; a name that is also a word only as it was written."
+    v, text = (v, text) if v.lower() in _WORDS or len(lower) != len(text) else (v.lower(), lower)
+    at = text.find(v)
+    while at >= 0:
+        end = at + len(v)
+        alone = not ((at and (text[at - 1].isalnum() or text[at - 1] == '_')) or (end < len(text) and (text[end].isalnum() or text[end] == '_')))
+        if alone: yield at
+        at = text.find(v, end if alone else at + 1)
 
 # %% ../nbs/10_store.ipynb #e54ad292
 _PLACEHOLDER = re.compile(r'<([A-Z]+)_(\d+)>')
 
+def _opened(text: str) -> Any:
+    "The object or list that a text holds as JSON; None for any other text."
+    if text[:1] not in ('{', '['): return None
+    try: return json.loads(text)
+    except (ValueError, RecursionError): return None
+
 class _Talk:
     "What is known about one talk while it is redacted."
-    def __init__(self, patterns: Sequence[tuple[str, str, re.Pattern[str]]], value: Any) -> None:
+    def __init__(self, patterns: Sequence[_Pattern], value: Any) -> None:
         self.patterns, self.given, self.last, self.known = patterns, dict[tuple[str, str], str](), Counter[str](), dict[str, str]()
-        for text in _texts(value):
-            if '<' in text:
-                for kind, n in _PLACEHOLDER.findall(text): self.last[kind] = max(self.last[kind], int(n))
-            self._learn(_introduced(text))
-        self._learn(_recorded(value))
-        self.pattern, self.kinds = _known_pattern(self.known), {v.lower(): k for v, k in self.known.items()}
+        self._read(value)
+        self.values = sorted(self.known, key=lambda v: (-len(v), v))  # longest first
+
+    def _read(self, v: Any) -> None:
+        "Learn names and numbers from a value, and from the JSON in its texts."
+        if isinstance(v, str):
+            if (inner := _opened(v)) is not None: return self._read(inner)
+            if '<' in v:
+                for kind, n in _PLACEHOLDER.findall(v): self.last[kind] = max(self.last[kind], int(n))
+            self._learn(_introduced(v))
+        elif isinstance(v, dict):
+            self._learn(_recorded(v))
+            for x in v.values(): self._read(x)
+        elif isinstance(v, (list, tuple)):
+            for x in v: self._read(x)
 
     def _learn(self, found: Iterable[tuple[str, str]]) -> None:
         for kind, v in found:
@@ -128,54 +148,47 @@ class _Talk:
             self.given[kind, same] = f'<{kind}_{self.last[kind]}>'
         return self.given[kind, same]
 
-    def text(self, text: str) -> str:
-        "Redact until nothing more is found, so that doing it again changes nothing."
-        while (new := self._once(text)) != text: text = new
-        return text
+# %% ../nbs/10_store.ipynb #df84b0f3
+_NO_DIGITS = str.maketrans('', '', '0123456789')
 
-    def _once(self, text: str) -> str:
-        if self.pattern is not None:
-            text = self.pattern.sub(lambda m: m[0] if m[0][0] == '<' else self.stands_for(self.kinds[m[0].lower()], m[0]), text)
-        digit = any(c in text for c in '0123456789')
-        for kind, need, p in self.patterns:
-            if digit if need == 'd' else need in text: text = p.sub(lambda m, kind=kind: self._swap(kind, m), text)  # type: ignore[misc]
-        return text
+def _without_known(text: str, talk: _Talk) -> str:
+    "A text with the values known in its talk replaced."
+    lower = text.lower()
+    for v in talk.values:
+        if v.lower() not in lower: continue
+        held = [m.span() for m in _PLACEHOLDER.finditer(text)] if '<' in text else []
+        for at in reversed([a for a in _find_word(v, text, lower) if not any(x <= a < y for x, y in held)]):
+            text = text[:at] + talk.stands_for(talk.known[v], text[at:at + len(v)]) + text[at + len(v):]
+        lower = text.lower()
+    return text
 
-    def _swap(self, kind: str, m: re.Match[str]) -> str:
-        v = m['v'] if 'v' in m.re.groupindex else m[0]
-        if (kind in _CHECKED and not _CHECKED[kind](v)) or '<' in v: return m[0]
-        return m[0][:len(m[0]) - len(v)] + self.stands_for(kind, v) if m[0].endswith(v) else m[0].replace(v, self.stands_for(kind, v))
+def _swap(m: re.Match[str], kind: str, talk: _Talk) -> str:
+    "What stands where a pattern matched: its value replaced, unless a check says that it is none."
+    a, b = m.span('v' if 'v' in m.re.groupindex else 0)
+    v = m.string[a:b]
+    if '<' in v or (kind in _CHECKED and not _CHECKED[kind](v)): return m[0]
+    return m[0][:a - m.start()] + talk.stands_for(kind, v) + m[0][b - m.start():]
+
+def _redacted(text: str, talk: _Talk) -> str:
+    "Redact until nothing more is found, so that doing it again changes nothing."
+    while True:
+        new = _without_known(text, talk)
+        lower, digits = new.lower(), len(new) - len(new.translate(_NO_DIGITS))
+        for kind, n, words, p in talk.patterns:
+            if digits >= n and (not words or any(w in lower for w in words)): new = p.sub(partial(_swap, kind=kind, talk=talk), new)
+        if new == text: return text
+        text = new
 
 # %% ../nbs/10_store.ipynb #7711791f
-def _opened(text: str) -> Any:
-    "The object or list that a text holds as JSON; None for any other text."
-    if text[:1] not in ('{', '['): return None
-    try: return json.loads(text)
-    except (ValueError, RecursionError): return None
-
-def _texts(v: Any) -> Iterator[str]:
-    "Every text in a value."
-    if isinstance(v, str): yield v
-    elif isinstance(v, dict):
-        for k, x in v.items(): yield from (k, *_texts(x))
-    elif isinstance(v, (list, tuple)):
-        for x in v: yield from _texts(x)
-
-def _unfold(v: Any) -> Any:
-    "A value with the JSON in its texts opened, to learn from."
-    if isinstance(v, str): return v if (inner := _opened(v)) is None else _unfold(inner)
-    if isinstance(v, dict): return {k: _unfold(x) for k, x in v.items()}
-    return [_unfold(x) for x in v] if isinstance(v, (list, tuple)) else v
-
 def _sweep(v: Any, talk: _Talk) -> Any:
     "A value with its personal data replaced; what holds none comes back as it was."
     if isinstance(v, str):
-        if (inner := _opened(v)) is None: return talk.text(v)
+        if (inner := _opened(v)) is None: return _redacted(v, talk)
         return v if (new := _sweep(inner, talk)) == inner else json.dumps(new, ensure_ascii=False)
-    if isinstance(v, dict): return {talk.text(k) if '@' in k else k: _sweep(x, talk) for k, x in v.items()}
+    if isinstance(v, dict): return {_redacted(k, talk) if '@' in k else k: _sweep(x, talk) for k, x in v.items()}
     if isinstance(v, (list, tuple)): return [_sweep(x, talk) for x in v]
     if isinstance(v, bool) or not isinstance(v, (int, float)): return v
-    return v if (new := talk.text(str(v))) == str(v) else new
+    return v if (new := _redacted(str(v), talk)) == str(v) else new
 
 def _sweep_message(m: dict[str, Any], talk: _Talk) -> dict[str, Any]:
     "A message whose words are redacted; its role, its ids and the names of its tools are no personal data."
@@ -192,7 +205,7 @@ class Redactor:
     ) -> None:
         for kind in extra or {}:
             if not re.fullmatch('[A-Z]+', kind): raise ConfigError(f'kind {kind!r} — expected capital letters, as in CONTRACT')
-        try: self.patterns = (*((k, '', re.compile(p)) for k, p in (extra or {}).items()), *_PATTERNS)
+        try: self.patterns: tuple[_Pattern, ...] = (*((k, 0, (), re.compile(p)) for k, p in (extra or {}).items()), *_PATTERNS)
         except re.error as e: raise ConfigError(f'the pattern {e.pattern!r} cannot be read: {e} — expected a regular expression') from None
 
     def value(
@@ -200,7 +213,7 @@ class Redactor:
         value: Any,  # JSON values: a text, a list of messages, a record's dict
     ) -> Any:        # the same without personal data
         "Redact a value as one talk."
-        return _sweep(value, _Talk(self.patterns, _unfold(value)))
+        return _sweep(value, _Talk(self.patterns, value))
 
     def example(
         self,
@@ -208,7 +221,7 @@ class Redactor:
     ) -> TrainingExample:          # without personal data in what was said and what was known; `redacted` counts what went, by kind
         "Redact an example."
         said, knew = [m.to_dict() for m in (*example.messages, example.response)], example.context
-        talk = _Talk(self.patterns, _unfold([said, knew]))
+        talk = _Talk(self.patterns, [said, knew])
         *before, answer = (Message.from_dict(_sweep_message(m, talk)) for m in said)
         return replace(example, messages=tuple(before), response=answer, context=_sweep(knew, talk), redacted=dict(Counter(kind for kind, _ in talk.given)))
 
@@ -548,13 +561,11 @@ class TrainingStore(Database):
     def ready(
         self,
         example: TrainingExample,  # as it came
-    ) -> TrainingExample:          # as it would be stored; raises `DataError` when it cannot be
+    ) -> TrainingExample:          # as it would be stored
         "Take personal data out, and fill in what is missing: id, time, the hash in place of the user."
         if not isinstance(example.messages, tuple) or not isinstance(example.response, Message): raise DataError(f'{example.id}: messages or response are of another kind — expected a list of messages, and a message')
         e = example if self.redactor is None or example.redacted is not None else self.redactor.example(example)
-        e = replace(e, id=e.id or provenance_hash(e)[:16], created_at=_utc(e.created_at, e.id or 'example'), user=_user_hash(e.user, self._key))
-        _row(e)
-        return e
+        return replace(e, id=e.id or provenance_hash(e)[:16], created_at=_utc(e.created_at, e.id or 'example'), user=_user_hash(e.user, self._key))
 
     def get(
         self,
@@ -935,18 +946,22 @@ def ingest_file(
 
 def _ingest_lot(store: TrainingStore, lot: Sequence[_Found], chosen: set[str] | None, read: Callable[[dict[str, Any], str], TrainingExample], report: IngestReport) -> IngestReport:
     "Keep what can be kept of some objects, in one transaction."
-    kept: list[tuple[str, TrainingExample]] = []
+    kept: list[tuple[str, dict[str, Any], dict[str, int]]] = []
     refused, passed = [], 0
     for where, d in lot:
         try:
             if isinstance(d, DataError): raise d
             if chosen is not None and where not in chosen: passed += 1
-            else: kept.append((where, store.ready(read(d, where))))
+            else:
+                e = store.ready(read(d, where))
+                kept.append((where, _row(e), e.redacted or {}))
         except DataError as why: refused.append(Refusal(where, str(why).removeprefix(where).lstrip(': ')))
-    fates = store.add_many([e for _, e in kept]) if kept else []
-    refused += [Refusal(where, f'the id {i!r} stands for another example') for (where, _), (what, i) in zip(kept, fates) if what == 'conflict']
+    fates: list[tuple[str, str]] = []
+    if kept:
+        with store.begin() as c: fates = _insert_examples(c, [row for _, row, _ in kept])
+    refused += [Refusal(where, f'the id {i!r} stands for another example') for (where, *_), (what, i) in zip(kept, fates) if what == 'conflict']
     n, gone = Counter(what for what, _ in fates), Counter(report.redacted)
-    for (_, e), (what, _i) in zip(kept, fates): gone.update((e.redacted or {}) if what == 'added' else {})
+    for (*_, kinds), (what, _i) in zip(kept, fates): gone.update(kinds if what == 'added' else {})
     return replace(report, read=report.read + len(lot), added=report.added + n['added'], known=report.known + n['known'], duplicates=report.duplicates + n['duplicate'], redacted=dict(gone),
                    passed_over=report.passed_over + passed, refused=report.refused + len(refused), refusals=(*report.refusals, *refused)[:_LISTED])
 
