@@ -5,7 +5,8 @@
     python benchmarks/labelling.py --postgres URL        # the same on PostgreSQL too: the address of an empty database
 
 Half of each queue is labelled before, by the labeller who is measured and by another one, and a tenth of it is asked twice. A step is what a page asks for at one key: `label`, then `upcoming(8)`. Steps of all queues are
-interleaved, in rounds; `undo`, `skip`, `progress` and `label_drift` are called at every fifth. Figures are milliseconds per call: wall clock (median and 90th percentile) and CPU time of this process (median).
+interleaved, in rounds; `undo`, `skip`, `progress` and `label_drift` are called at every fifth. Figures are milliseconds per call: wall clock (median and 90th percentile) and CPU time of this process (median; what a PostgreSQL server
+does is in the wall clock alone).
 `commit` is the floor: one row written and committed in the same database, nothing else. The page is written to benchmarks/results/labelling.{json,md}; --quick writes to benchmarks/results/tmp.
 """
 import argparse, json, os, platform, tempfile, time
@@ -104,10 +105,10 @@ def page(doc: dict) -> str:
     lines = ['# What a keypress of a labeller costs', '', ' '.join(__doc__.split('\n\n')[2].split()), '']
     for kind in dict.fromkeys(r['database'] for r in doc['records']):
         rs = [r for r in doc['records'] if r['database'] == kind]
-        lines += [f'## {kind}', '', '| call | ' + ' | '.join(f'{r["items"]:,} items: wall (p90), CPU ms' for r in rs) + f' | CPU, {rs[-1]["items"]:,} : {rs[0]["items"]:,} |', '|---' * (len(rs) + 2) + '|']
+        lines += [f'## {kind}', '', '| call | ' + ' | '.join(f'{r["items"]:,} items: wall (p90), CPU ms' for r in rs) + f' | {rs[-1]["items"]:,} : {rs[0]["items"]:,}, wall and CPU |', '|---' * (len(rs) + 2) + '|']
         for k in CALLS:
             cells = [r['calls'][k] for r in rs]
-            lines.append(f'| {k} | ' + ' | '.join(f'{c["wall_ms"]:.1f} ({c["wall_p90_ms"]:.1f}), {c["cpu_ms"]:.2f}' for c in cells) + f' | {cells[-1]["cpu_ms"] / cells[0]["cpu_ms"]:.2f} |')
+            lines.append(f'| {k} | ' + ' | '.join(f'{c["wall_ms"]:.1f} ({c["wall_p90_ms"]:.1f}), {c["cpu_ms"]:.2f}' for c in cells) + f' | {cells[-1]["wall_ms"] / cells[0]["wall_ms"]:.2f}, {cells[-1]["cpu_ms"] / cells[0]["cpu_ms"]:.2f} |')
         lines += ['| opening a queue and its first item | ' + ' | '.join(f'{r["open_and_first_item_ms"]:.1f}' for r in rs) + ' | |',
                   '| filling the queue, seconds | ' + ' | '.join(f'{r["fill_queue_s"]:.1f}' for r in rs) + ' | |', '']
     return '\n'.join([*lines, f'{doc["machine"]}, Python {platform.python_version()}, SQLAlchemy {sa.__version__}; load at the end {doc["load"]:.1f}.', ''])

@@ -274,9 +274,9 @@ def _lock_pile(c: sa.Connection, queue: str, labeller: str) -> _Pile:
 # %% ../nbs/11_labelling.ipynb #4c3d0f86
 def _events(queue: str, *where: sa.ColumnElement[bool]) -> sa.Select[Any]:
     "Select events with their words."
-    words = sa.and_(SAID.c.queue == EVENTS.c.queue, SAID.c.event_id == EVENTS.c.event_id)
-    there = sa.exists().where(ITEMS.c.queue == EVENTS.c.queue, ITEMS.c.item_id == EVENTS.c.item_id)
-    return sa.select(*EVENTS.c, SAID.c.body).outerjoin_from(EVENTS, SAID, words).where(EVENTS.c.queue == queue, there, *where)
+    words = sa.select(SAID.c.body).where(SAID.c.queue == EVENTS.c.queue, SAID.c.event_id == EVENTS.c.event_id).scalar_subquery()
+    there = sa.select(ITEMS.c.item_id).where(ITEMS.c.queue == EVENTS.c.queue, ITEMS.c.item_id == EVENTS.c.item_id).scalar_subquery()
+    return sa.select(*EVENTS.c, words.label('body')).where(EVENTS.c.queue == queue, there.is_not(None), *where)
 
 def _find(c: sa.Connection, queue: str, labeller: str, n: int | None) -> Any:
     "A labeller's n-th event, or None."
@@ -463,7 +463,7 @@ class LabelProgress(Record):
 # %% ../nbs/11_labelling.ipynb #2a91e583
 def _latest(c: sa.Connection, queue: str, labeller: str, n: int) -> list[LabelEvent]:
     "The last `n` labels of a labeller that stand, the oldest first."
-    stands = sa.exists().where(_of(STANDING, queue, labeller=labeller), STANDING.c.item_id == EVENTS.c.item_id, STANDING.c.n == EVENTS.c.n)
+    stands = sa.select(STANDING.c.n).where(_of(STANDING, queue, labeller=labeller), STANDING.c.item_id == EVENTS.c.item_id).scalar_subquery() == EVENTS.c.n
     return [_event(r) for r in c.execute(_events(queue, EVENTS.c.labeller == labeller, EVENTS.c.kind == 'label', stands).order_by(EVENTS.c.n.desc()).limit(n))][::-1]
 
 def _progress(c: sa.Connection, queue: str, labeller: str) -> LabelProgress:
