@@ -242,7 +242,7 @@ def _sqlite_engine(url: sa.URL) -> sa.Engine:
     @sa.event.listens_for(engine, 'connect')
     def connect(raw: Any, _: Any) -> None:
         raw.isolation_level = None  # we begin transactions ourselves
-        for pragma in ('busy_timeout=10000', 'journal_mode=WAL', 'synchronous=FULL', 'foreign_keys=ON'): raw.execute(f'PRAGMA {pragma}')
+        for pragma in ('busy_timeout=10000', 'journal_mode=WAL', 'synchronous=FULL', 'foreign_keys=ON', 'secure_delete=ON'): raw.execute(f'PRAGMA {pragma}')
     @sa.event.listens_for(engine, 'begin')
     def begin(c: sa.Connection) -> None: c.exec_driver_sql('BEGIN' if c.get_execution_options().get('reading') else 'BEGIN IMMEDIATE')
     return engine
@@ -441,6 +441,8 @@ class ExampleFilter(Record):
 
     def __post_init__(self) -> None:
         if self.label_state is not None and self.label_state not in LABEL_STATES: raise ConfigError(f'label_state={self.label_state!r} — expected one of {", ".join(LABEL_STATES)}')
+        for k in ('min_quality', 'max_quality', 'min_confidence', 'max_confidence'):
+            if (v := getattr(self, k)) is not None and (isinstance(v, bool) or not isinstance(v, (int, float)) or not math.isfinite(v)): raise ConfigError(f'{k}={v!r} — expected a number')
         for k in ('since', 'until'):
             if (t := getattr(self, k)) is not None: object.__setattr__(self, k, _utc(t, 'filter'))
 
@@ -560,7 +562,7 @@ class TrainingStore(Database):
 
     def ready(
         self,
-        example: TrainingExample,  # as it came
+        example: TrainingExample,  # as it came; one that says what was taken out of it (`redacted`) is believed
     ) -> TrainingExample:          # as it would be stored
         "Take personal data out, and fill in what is missing: id, time, the hash in place of the user."
         if not isinstance(example.messages, tuple) or not isinstance(example.response, Message): raise DataError(f'{example.id}: messages or response are of another kind — expected a list of messages, and a message')
@@ -686,6 +688,8 @@ def forget_user(
         ids = list(c.execute(sa.select(EXAMPLE.c.id).where(EXAMPLE.c.user_hash == _user_hash(user, store._key))).scalars()) if user else []
         for i in ids: c.execute(PREFERENCE.delete().where(PREFERENCE.c.group_id == i))
         if ids: c.execute(EXAMPLE.delete().where(EXAMPLE.c.user_hash == _user_hash(user, store._key)))
+    if ids and store.engine.dialect.name == 'sqlite':
+        with contextlib.closing(store.engine.raw_connection()) as raw: raw.cursor().execute('PRAGMA wal_checkpoint(TRUNCATE)')
     return len(ids)
 
 # %% ../nbs/10_store.ipynb #89ddafd1
@@ -1130,7 +1134,8 @@ def to_pandas(
     names = ('id', 'created_at', 'agent', 'model', 'run_id', 'scenario_id', 'source', 'split', 'query')
     def row(e: TrainingExample) -> dict[str, Any]:
         return {k: getattr(e, k) for k in names} | {'response': e.response.text, 'tools_used': ', '.join(e.tools_used)} | dict.fromkeys(_RANGES) | e.labels | e.metrics
-    return pd.DataFrame([row(e) for e in store.examples(where)], columns=None if store.count(where) else [*names, 'response', 'tools_used', *_RANGES])
+    rows = [row(e) for e in store.examples(where)]
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=[*names, 'response', 'tools_used', *_RANGES])
 
 def to_dataset(
     store: TrainingStore,                    # what to take from
