@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Protocol, Self
@@ -117,10 +117,10 @@ def _opened(text: str) -> Any:
 
 class _Talk:
     "What is known about one talk while it is redacted."
-    def __init__(self, patterns: Sequence[_Pattern], value: Any) -> None:
-        self.patterns, self.given, self.last, self.known = patterns, dict[tuple[str, str], str](), Counter[str](), dict[str, str]()
+    def __init__(self, patterns: Sequence[_Pattern], shapes: Callable[[str], tuple[int, ...]], value: Any) -> None:
+        self.patterns, self.shapes, self.given, self.last, self.known = patterns, shapes, dict[tuple[str, str], str](), Counter[str](), dict[str, str]()
         self._read(value)
-        self.values = sorted(self.known, key=lambda v: (-len(v), v))  # longest first
+        self.values = [(v, v.lower()) for v in sorted(self.known, key=lambda v: (-len(v), v))]  # longest first
 
     def _read(self, v: Any) -> None:
         "Learn names and numbers from a value, and from the JSON in its texts."
@@ -148,14 +148,24 @@ class _Talk:
             self.given[kind, same] = f'<{kind}_{self.last[kind]}>'
         return self.given[kind, same]
 
-# %% ../nbs/10_store.ipynb #df84b0f3
+# %% ../nbs/10_store.ipynb #6cd9fae8
 _NO_DIGITS = str.maketrans('', '', '0123456789')
 
+def _shapes_of(patterns: Sequence[_Pattern]) -> Callable[[str], tuple[int, ...]]:
+    "A function that says which of the patterns match a text."
+    def find(text: str) -> tuple[int, ...]:
+        lower, digits = text.lower(), len(text) - len(text.translate(_NO_DIGITS))
+        able = [i for i, (_, n, words, _p) in enumerate(patterns) if digits >= n and (not words or any(w in lower for w in words))]
+        return tuple(i for i in able if patterns[i][3].search(text))
+    remembered = lru_cache(4096)(find)
+    return lambda text: remembered(text) if len(text) <= 2000 else find(text)
+
+# %% ../nbs/10_store.ipynb #df84b0f3
 def _without_known(text: str, talk: _Talk) -> str:
     "A text with the values known in its talk replaced."
     lower = text.lower()
-    for v in talk.values:
-        if v.lower() not in lower: continue
+    for v, low in talk.values:
+        if low not in lower: continue
         held = [m.span() for m in _PLACEHOLDER.finditer(text)] if '<' in text else []
         for at in reversed([a for a in _find_word(v, text, lower) if not any(x <= a < y for x, y in held)]):
             text = text[:at] + talk.stands_for(talk.known[v], text[at:at + len(v)]) + text[at + len(v):]
@@ -173,9 +183,7 @@ def _redacted(text: str, talk: _Talk) -> str:
     "Redact until nothing more is found, so that doing it again changes nothing."
     while True:
         new = _without_known(text, talk)
-        lower, digits = new.lower(), len(new) - len(new.translate(_NO_DIGITS))
-        for kind, n, words, p in talk.patterns:
-            if digits >= n and (not words or any(w in lower for w in words)): new = p.sub(partial(_swap, kind=kind, talk=talk), new)
+        for kind, _, _, p in map(talk.patterns.__getitem__, talk.shapes(new)): new = p.sub(partial(_swap, kind=kind, talk=talk), new)
         if new == text: return text
         text = new
 
@@ -207,13 +215,14 @@ class Redactor:
             if not re.fullmatch('[A-Z]+', kind): raise ConfigError(f'kind {kind!r} — expected capital letters, as in CONTRACT')
         try: self.patterns: tuple[_Pattern, ...] = (*((k, 0, (), re.compile(p)) for k, p in (extra or {}).items()), *_PATTERNS)
         except re.error as e: raise ConfigError(f'the pattern {e.pattern!r} cannot be read: {e} — expected a regular expression') from None
+        self.shapes = _shapes_of(self.patterns)
 
     def value(
         self,
         value: Any,  # JSON values: a text, a list of messages, a record's dict
     ) -> Any:        # the same without personal data
         "Redact a value as one talk."
-        return _sweep(value, _Talk(self.patterns, value))
+        return _sweep(value, _Talk(self.patterns, self.shapes, value))
 
     def example(
         self,
@@ -221,7 +230,7 @@ class Redactor:
     ) -> TrainingExample:          # without personal data in what was said and what was known; `redacted` counts what went, by kind
         "Redact an example."
         said, knew = [m.to_dict() for m in (*example.messages, example.response)], example.context
-        talk = _Talk(self.patterns, [said, knew])
+        talk = _Talk(self.patterns, self.shapes, [said, knew])
         *before, answer = (Message.from_dict(_sweep_message(m, talk)) for m in said)
         return replace(example, messages=tuple(before), response=answer, context=_sweep(knew, talk), redacted=dict(Counter(kind for kind, _ in talk.given)))
 
