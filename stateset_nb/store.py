@@ -973,6 +973,8 @@ def _ingest_lot(store: TrainingStore, lot: Sequence[_Found], chosen: set[str] | 
     if kept:
         with store.begin() as c: fates = _insert_examples(c, [row for _, row, _ in kept])
     refused += [Refusal(where, f'the id {i!r} stands for another example') for (where, *_), (what, i) in zip(kept, fates) if what == 'conflict']
+    place = {where: i for i, (where, _) in enumerate(lot)}
+    refused.sort(key=lambda r: place[r.where])
     n, gone = Counter(what for what, _ in fates), Counter(report.redacted)
     for (*_, kinds), (what, _i) in zip(kept, fates): gone.update(kinds if what == 'added' else {})
     return replace(report, read=report.read + len(lot), added=report.added + n['added'], known=report.known + n['known'], duplicates=report.duplicates + n['duplicate'], redacted=dict(gone),
@@ -1093,7 +1095,8 @@ def _sharegpt_rows(store: TrainingStore, where: ExampleFilter) -> Iterator[dict[
         turns = []
         for m in map(Message.from_dict, (*d['messages'], d['response'])):
             turns += [{'from': back[m.role], 'value': m.text}] if m.text or not m.tool_calls else []
-            turns += [{'from': 'function_call', 'value': json.dumps({'name': c.name, 'arguments': c.arguments}, ensure_ascii=False)} for c in m.tool_calls]
+            calls = [{'name': c.name, 'arguments': c.arguments if (a := _opened(c.arguments)) is None else a} for c in m.tool_calls]
+            turns += [{'from': 'function_call', 'value': json.dumps(c, ensure_ascii=False)} for c in calls]
         yield {'id': d['id'], 'conversations': turns}
 
 EXPORTS: dict[str, Callable[[TrainingStore, ExampleFilter], Iterator[dict[str, Any]]]] = {
