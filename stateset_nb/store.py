@@ -96,6 +96,7 @@ def _introduced(text: str) -> Iterator[tuple[str, str]]:
     "Names that somebody says are theirs, or that follow a title."
     if _NAME_CUES.search(text): yield from (('NAME', m['v']) for p in _INTRODUCED for m in p.finditer(text))
 
+# %% ../nbs/10_store.ipynb #66fbd561
 def _find_word(v: str, text: str, lower: str) -> Iterator[int]:
     "Where a value stands in a text as a word of its own; a name that is also a word only as it was written."
     v, text = (v, text) if v.lower() in _WORDS or len(lower) != len(text) else (v.lower(), lower)
@@ -115,6 +116,7 @@ def _opened(text: str) -> Any:
     try: return json.loads(text)
     except (ValueError, RecursionError): return None
 
+# %% ../nbs/10_store.ipynb #2fb874f3
 class _Talk:
     "What is known about one talk while it is redacted."
     def __init__(self, patterns: Sequence[_Pattern], shapes: Callable[[str], tuple[int, ...]], value: Any) -> None:
@@ -172,6 +174,7 @@ def _without_known(text: str, talk: _Talk) -> str:
         lower = text.lower()
     return text
 
+# %% ../nbs/10_store.ipynb #170e1bb3
 def _swap(m: re.Match[str], kind: str, talk: _Talk) -> str:
     "What stands where a pattern matched: its value replaced, unless a check says that it is none."
     a, b = m.span('v' if 'v' in m.re.groupindex else 0)
@@ -198,6 +201,7 @@ def _sweep(v: Any, talk: _Talk) -> Any:
     if isinstance(v, bool) or not isinstance(v, (int, float)): return v
     return v if (new := _redacted(str(v), talk)) == str(v) else new
 
+# %% ../nbs/10_store.ipynb #92f8fa2a
 def _sweep_message(m: dict[str, Any], talk: _Talk) -> dict[str, Any]:
     "A message whose words are redacted; its role, its ids and the names of its tools are no personal data."
     calls = [c | {'function': c['function'] | {'arguments': _sweep(c['function']['arguments'], talk)}} for c in m.get('tool_calls', ())]
@@ -242,6 +246,7 @@ def _said_plainly() -> Iterator[None]:
     except IntegrityError as e: raise DataError(f'the database refuses it: {str(e.orig).splitlines()[0]}') from e
     except (DBAPIError, sa.exc.TimeoutError) as e: raise BackendError(f'the database cannot answer: {str(getattr(e, "orig", None) or e).splitlines()[0]}') from e
 
+# %% ../nbs/10_store.ipynb #7ebabc5a
 def _sqlite_engine(url: sa.URL) -> sa.Engine:
     "SQLite as several threads and processes can share it: readers never wait, one writer at a time, on disk when a commit returns."
     if url.database in (None, '', ':memory:'): raise ConfigError('a store in memory is another one in each thread — give a file, such as sqlite:///stateset.db')
@@ -274,6 +279,7 @@ def _version(c: sa.Connection, room: str) -> int:
     if not sa.inspect(c).has_table('schema_version'): return 0
     return c.execute(sa.text('SELECT coalesce(max(version), 0) FROM schema_version WHERE room = :room'), {'room': room}).scalar_one()
 
+# %% ../nbs/10_store.ipynb #ed82e0c2
 def _step(engine: sa.Engine, room: str, n: int, step: Sequence[str]) -> None:
     "Take step `n`, unless somebody else did in the meantime."
     postgres = engine.dialect.name == 'postgresql'
@@ -285,6 +291,7 @@ def _step(engine: sa.Engine, room: str, n: int, step: Sequence[str]) -> None:
         for sql in step: c.exec_driver_sql(sql.format(text=text))
         c.execute(sa.text('INSERT INTO schema_version VALUES (:room, :n, :at)'), {'room': room, 'n': n, 'at': _now()})
 
+# %% ../nbs/10_store.ipynb #9c4ebabd
 def _now() -> str:
     "This moment, in UTC; such texts sort by time."
     return datetime.now(timezone.utc).isoformat(timespec='microseconds')
@@ -383,6 +390,7 @@ def _check_numbers(e: TrainingExample) -> None:
         lo, hi = _RANGES.get(k, (-math.inf, math.inf)) if k in e.labels else (-math.inf, math.inf)
         if not lo <= v <= hi: raise DataError(f'{e.id or "example"}: label {k}={v!r} — expected {lo} to {hi}')
 
+# %% ../nbs/10_store.ipynb #a90e60de
 def _utc(text: str, where: str) -> str:
     "A time in ISO 8601 as UTC; one without a zone is taken for UTC; none at all is now."
     if not text: return _now()
@@ -405,6 +413,7 @@ def _plain_name(value: Any, where: str, key: str) -> Any:
     if value and ('\0' in value or len(value) > 512): raise DataError(f'{where}: {key}={value[:60]!r} — expected at most 512 characters, none of them NUL')
     return value
 
+# %% ../nbs/10_store.ipynb #31ec620c
 def _row(e: TrainingExample) -> dict[str, Any]:
     "An example as the columns of its row."
     where = e.id or 'example'
@@ -455,6 +464,7 @@ class ExampleFilter(Record):
         for k in ('since', 'until'):
             if (t := getattr(self, k)) is not None: object.__setattr__(self, k, _utc(t, 'filter'))
 
+# %% ../nbs/10_store.ipynb #34bf0c15
 def _conditions(where: ExampleFilter) -> list[sa.ColumnElement[bool]]:
     "A filter as conditions on columns."
     c, w = EXAMPLE.c, where
@@ -479,6 +489,7 @@ def _insert(c: sa.Connection, table: sa.Table) -> Any:
     "An INSERT that leaves alone what is there."
     return (postgresql.insert(table) if c.dialect.name == 'postgresql' else sqlite.insert(table)).on_conflict_do_nothing()
 
+# %% ../nbs/10_store.ipynb #0e745408
 def _insert_examples(c: sa.Connection, rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     "What became of each row: (added | known | duplicate | conflict, id of the example that stands for it)."
     first: dict[str, dict[str, Any]] = {}
@@ -519,6 +530,7 @@ def _lock_example(c: sa.Connection, example_id: str) -> Any:
     if row is None: raise DataError(f'there is no example {example_id!r} — expected the id of a stored one')
     return row
 
+# %% ../nbs/10_store.ipynb #5a82ddf1
 def _refresh(c: sa.Connection, example_id: str) -> None:
     "Work out the columns of an example from its record and from what people said."
     d = json.loads(_lock_example(c, example_id).body)
@@ -528,6 +540,7 @@ def _refresh(c: sa.Connection, example_id: str) -> None:
     state = 'human' if scores or d['label_sources'].get('quality') == 'human' else 'machine'
     c.execute(EXAMPLE.update().where(EXAMPLE.c.id == example_id).values(quality=q, confidence=d['labels'].get('confidence'), label_state='none' if q is None else state))
 
+# %% ../nbs/10_store.ipynb #c75983f9
 def _add_feedback(c: sa.Connection, f: Feedback, score: float | None) -> Feedback:
     "Append a revision, unless this act of rating is known."
     _lock_example(c, f.example_id)
@@ -624,6 +637,7 @@ def _own_words(store: TrainingStore, d: dict[str, Any], *written: str) -> dict[s
     if store.redactor is not None: d = d | store.redactor.value({k: d[k] for k in written})
     return d | {'id': d['id'] or secrets.token_hex(8), 'created_at': _utc(d['created_at'], 'feedback')}
 
+# %% ../nbs/10_store.ipynb #009e2a8c
 def add_feedback(
     store: TrainingStore,  # where the example is
     feedback: Feedback,    # with an id, so that it may be sent again; without one it gets one
@@ -634,6 +648,7 @@ def add_feedback(
     for k in ('id', 'labeller'): _plain_name(getattr(f, k), f.example_id, k)
     with store.begin() as c: return _add_feedback(c, f, score)
 
+# %% ../nbs/10_store.ipynb #c6ccfeed
 def withdraw_feedback(
     store: TrainingStore,  # where the example is
     example_id: str,       # which example
@@ -777,6 +792,7 @@ def _example(messages: Sequence[Message], where: str, id: object, known: dict[st
     metrics = {k: known.pop(k) for k in ('latency_s', 'tokens', 'cost_usd') if isinstance(known.get(k), (int, float))}
     return TrainingExample(str(id or ''), tuple(messages[:last]), messages[last], created_at=when, metrics=metrics, context=known, **mine)
 
+# %% ../nbs/10_store.ipynb #3eb99cee
 def _from_openai(d: dict[str, Any], where: str) -> TrainingExample:
     "A line in the OpenAI chat format: `messages`, perhaps `id`, `rating` and whatever else a log keeps."
     c = Conversation.from_dict({k: v for k, v in d.items() if k != 'id'}, where)
@@ -794,6 +810,7 @@ def _share_turn(t: Any, where: str, n: int) -> dict[str, Any]:
     call = read_json_object(t['value'], f'{where}: conversations[{n}]')
     return {'role': 'assistant', 'content': None, 'tool_calls': [{'id': f'call_{n}', 'function': {'name': call.get('name'), 'arguments': call.get('arguments', '{}')}}]}
 
+# %% ../nbs/10_store.ipynb #85459e2f
 def _from_sharegpt(d: dict[str, Any], where: str) -> TrainingExample:
     "A ShareGPT conversation: `conversations`, a list of `from` and `value`."
     turns = d.get('conversations')
@@ -814,11 +831,13 @@ def _chain_text(content: Any) -> Any:
     if not isinstance(content, list): return content
     return [{'type': 'text', 'text': b} if isinstance(b, str) else b for b in content if not (isinstance(b, dict) and b.get('type') in ('tool_use', 'tool_call', 'thinking', 'reasoning'))]
 
+# %% ../nbs/10_store.ipynb #7320b7cd
 def _chain_call(c: Any, where: str) -> dict[str, Any]:
     "A tool call in LangChain's form (`name`, `args`) or OpenAI's."
     if not isinstance(c, dict): raise DataError(f'{where}: {c!r:.60} is no tool call — expected {{"name": ..., "args": ...}}')
     return c if 'function' in c else {'id': c.get('id'), 'function': {'name': c.get('name'), 'arguments': c.get('args', {})}}
 
+# %% ../nbs/10_store.ipynb #7320e4ce
 def _chain_message(m: Any, where: str) -> Message:
     "A LangChain or OpenAI message."
     if not isinstance(m, dict): raise DataError(f'{where}: a message is {type(m).__name__} — expected an object')
@@ -851,6 +870,7 @@ def _run_answer(out: Any, asked: int, where: str) -> list[Any]:
             if isinstance(v, dict): return [v]
     raise DataError(f'{where}: outputs hold no answer — expected generations, choices, messages or output')
 
+# %% ../nbs/10_store.ipynb #df42e418
 def _run_question(inputs: Any, where: str) -> list[Any]:
     "The messages of a run's inputs."
     if isinstance(inputs, dict):
@@ -867,6 +887,7 @@ def _seconds(run: dict[str, Any], where: str) -> dict[str, float]:
     a, b = (datetime.fromisoformat(_utc(run[k], where)) for k in ('start_time', 'end_time'))
     return {'latency_s': (b - a).total_seconds()}
 
+# %% ../nbs/10_store.ipynb #c5e131af
 def _from_langsmith(d: dict[str, Any], where: str) -> TrainingExample:
     "A LangSmith run, or a LangChain history (`messages` alone)."
     if d.get('error') and not d.get('outputs'): raise DataError(f'{where}: the run failed: {d["error"]!s:.80}')
@@ -899,6 +920,7 @@ class Refusal(Record):
     where: str  # file and line
     why: str    # what was seen, and what was expected
 
+# %% ../nbs/10_store.ipynb #bd9f967f
 @dataclass(frozen=True)
 class IngestReport(Record):
     "What became of a file."
@@ -957,6 +979,7 @@ def ingest_file(
     if not report.read: raise DataError(f'{path}: the file is empty — expected one conversation a line')
     return report
 
+# %% ../nbs/10_store.ipynb #d0bef7fe
 def _ingest_lot(store: TrainingStore, lot: Sequence[_Found], chosen: set[str] | None, read: Callable[[dict[str, Any], str], TrainingExample], report: IngestReport) -> IngestReport:
     "Keep what can be kept of some objects, in one transaction."
     kept: list[tuple[str, dict[str, Any], dict[str, int]]] = []
@@ -990,6 +1013,7 @@ class AnswerScorer(Protocol):
     ) -> Any:                      # has a `score` from 0 to 1
         "How good the answer is."
 
+# %% ../nbs/10_store.ipynb #3c8da006
 def _as_example(result: TrainingExample | Conversation | Trajectory, given: dict[str, Any]) -> TrainingExample:
     "A result as an example."
     if isinstance(result, TrainingExample): e = result
@@ -1051,6 +1075,7 @@ def _rows(store: TrainingStore, where: ExampleFilter) -> Iterator[dict[str, Any]
     "The examples that match, as plain JSON, by id."
     for row in _pages(store, sa.select(*_SHOWN).where(*_conditions(where)), EXAMPLE.c.id): yield _body(row)
 
+# %% ../nbs/10_store.ipynb #37212864
 def _suggestions(store: TrainingStore, where: ExampleFilter) -> Iterator[tuple[dict[str, Any], Feedback]]:
     "(example, feedback) wherever somebody suggested another answer, whatever the quality of the one given."
     about = replace(where, min_quality=None, max_quality=None, label_state=None)
@@ -1068,10 +1093,12 @@ def _sft(store: TrainingStore, where: ExampleFilter, shape: Callable[[dict[str, 
     for d in _rows(store, where): yield _with_tools(d, shape(d, [_chat(d['response'])]))
     for d, f in _suggestions(store, where): yield _with_tools(d, shape(d, _turn(f.suggested_response or '')))
 
+# %% ../nbs/10_store.ipynb #5739976b
 def _openai_rows(store: TrainingStore, where: ExampleFilter) -> Iterator[dict[str, Any]]: return _sft(store, where, lambda d, said: {'messages': _asked(d) + said})
 
 def _trl_rows(store: TrainingStore, where: ExampleFilter) -> Iterator[dict[str, Any]]: return _sft(store, where, lambda d, said: {'prompt': _asked(d), 'completion': said})
 
+# %% ../nbs/10_store.ipynb #7478e8dc
 def _kto_rows(store: TrainingStore, where: ExampleFilter) -> Iterator[dict[str, Any]]:
     for d in _rows(store, where):
         if (q := d['labels'].get('quality')) is not None and not 3 <= q < 4: yield _with_tools(d, {'prompt': _asked(d), 'completion': [_chat(d['response'])], 'label': q >= 4})
@@ -1088,6 +1115,7 @@ def _preference_rows(store: TrainingStore, where: ExampleFilter) -> Iterator[dic
     for d, f in _suggestions(store, where):
         if f.suggested_response != Message.from_dict(d['response']).text: yield {'prompt': _asked(d), 'chosen': _turn(f.suggested_response or ''), 'rejected': [_chat(d['response'])]}
 
+# %% ../nbs/10_store.ipynb #aaa1d067
 def _sharegpt_rows(store: TrainingStore, where: ExampleFilter) -> Iterator[dict[str, Any]]:
     "Back into ShareGPT's words."
     back = {'user': 'human', 'assistant': 'gpt', 'system': 'system', 'developer': 'system', 'tool': 'observation'}
@@ -1114,6 +1142,7 @@ class ExportReport(Record):
     schema: int = 1
     _nested: ClassVar[dict[str, type]] = {'where': ExampleFilter}
 
+# %% ../nbs/10_store.ipynb #36f02496
 def export_file(
     store: TrainingStore,             # what to take from
     path: str | os.PathLike[str],     # the JSONL file to make or replace; its manifest gets '.manifest.json' after the name
@@ -1149,6 +1178,7 @@ def to_pandas(
     rows = [row(e) for e in store.examples(where)]
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=[*names, 'response', 'tools_used', *_RANGES])
 
+# %% ../nbs/10_store.ipynb #68c871c6
 def to_dataset(
     store: TrainingStore,                    # what to take from
     folder: str | os.PathLike[str],          # where the dataset's files go
