@@ -6,7 +6,7 @@
 
 Each conversation is about 3.4 kB of JSON: a system prompt, six turns with two calls of tools, and a customer's record with personal data in what a tool returns.
 Every phase is a process of its own over the same file, so that its peak memory is its own; `base` is what the process holds once everything is imported.
-*Ingest* reads JSONL, redacts, hashes and commits 500 a transaction; *as it came* is the same without redaction; *again* goes over the same file, of which nothing is new.
+*Ingest* reads JSONL, redacts, hashes and commits 500 a transaction; *as it came* is the same without redaction, and *again* goes over that file once more, of which nothing is new.
 *Export* writes one training file; *read* makes an object of every example. *Rating* is one `add_feedback`, from the call to the commit on disk, while nobody else writes.
 The full bench writes benchmarks/results/store.{json,md}; --quick writes to benchmarks/results/tmp.
 """
@@ -21,7 +21,8 @@ from stateset_nb.store import TrainingStore, add_feedback, export_file, ingest_f
 
 HERE = Path(__file__).parent
 FIRST, LAST = 'Mei Omar Zoe Ivan Lucia Noah Amina Chen'.split(), 'Davis Haddad Klein Petrov Rossi Jensen Diallo Wang'.split()
-PHASES = ('ingest', 'again', 'as it came', 'read', *(f'export {k}' for k in ('trl', 'openai', 'stateset')), 'rating')
+PHASES = ('ingest', 'as it came', 'again', 'read', *(f'export {k}' for k in ('trl', 'openai', 'stateset')), 'rating')
+RAW = ('as it came', 'again')
 
 def conversation(i: int) -> dict:
     "One talk of a support desk, another one for each number."
@@ -45,7 +46,7 @@ def peak() -> float: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss /
 def phase(name: str, url: str, file: str, n: int) -> dict:
     "One phase, in a process of its own."
     base, cpu, t0 = peak(), time.process_time(), time.perf_counter()
-    with TrainingStore(url, **({'redactor': None} if name == 'as it came' else {})) as store:
+    with TrainingStore(url, **({'redactor': None} if name in RAW else {})) as store:
         if name in ('ingest', 'again', 'as it came'):
             r = ingest_file(store, file)
             assert (r.known if name == 'again' else r.added) == r.read == n, r
@@ -71,7 +72,7 @@ def bench(n: int, url: str | None, folder: Path) -> list[dict]:
         res.append(json.loads(done.stdout.splitlines()[-1]) | {'database': kind, 'size': n})
         print(kind, n, res[-1], flush=True)
     for name in PHASES:
-        if name != 'as it came': one(name, url or f'sqlite:///{folder}/{n}.db')
+        if name not in RAW: one(name, url or f'sqlite:///{folder}/{n}.db')
         elif not url: one(name, f'sqlite:///{folder}/{n}-raw.db')
     if url:
         with sa.create_engine(url.replace('postgresql://', 'postgresql+psycopg://')).begin() as c: c.exec_driver_sql('DROP TABLE feedback, preference, setting, example, schema_version')
@@ -102,12 +103,18 @@ def main() -> None:
     a = ap.parse_args()
     if a.phase: return print(json.dumps(phase(a.phase, a.url, a.file, a.size)))
     sizes, out = a.sizes or ((2000, 10000) if a.quick else (10000, 100000)), a.results or HERE / 'results' / ('tmp' if a.quick else '')
-    with tempfile.TemporaryDirectory() as tmp: records = [r for url in (([None] if not a.only_url else []) + ([a.url] if a.url else [])) for n in sizes for r in bench(n, url, Path(tmp))]
-    kept = json.loads((out / 'store.json').read_text())['records'] if (out / 'store.json').is_file() else []
-    new = {(r['database'], r['size']) for r in records}
-    records = sorted([r for r in kept if (r['database'], r['size']) not in new] + records, key=lambda r: (r['database'] != 'SQLite', r['size']))
     setting = f'{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, python {platform.python_version()}, SQLAlchemy {sa.__version__}, stateset_nb {stateset_nb.__version__}.'
+    with tempfile.TemporaryDirectory() as tmp:
+        for url in ([None] if not a.only_url else []) + ([a.url] if a.url else []):
+            for n in sizes: report(bench(n, url, Path(tmp)), out, setting)
+    print((out / 'store.md').read_text())
+
+def report(new: list[dict], out: Path, setting: str) -> None:
+    "Write the figures, in place of older ones of the same database and size."
+    kept = json.loads((out / 'store.json').read_text())['records'] if (out / 'store.json').is_file() else []
+    mine = {(r['database'], r['size']) for r in new}
+    records = sorted([r for r in kept if (r['database'], r['size']) not in mine] + new, key=lambda r: (r['database'] != 'SQLite', r['size']))
     write_text(out / 'store.json', json.dumps({'records': records, 'setting': setting}, indent=1))
-    print(write_text(out / 'store.md', table(records, setting)).read_text())
+    write_text(out / 'store.md', table(records, setting))
 
 if __name__ == '__main__': main()

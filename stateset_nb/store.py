@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Protocol, Self
@@ -96,6 +96,7 @@ def _introduced(text: str) -> Iterator[tuple[str, str]]:
     "Names that somebody says are theirs, or that follow a title."
     if _NAME_CUES.search(text): yield from (('NAME', m['v']) for p in _INTRODUCED for m in p.finditer(text))
 
+# %% ../nbs/10_store.ipynb #66fbd561
 def _find_word(v: str, text: str, lower: str) -> Iterator[int]:
     "Where a value stands in a text as a word of its own; a name that is also a word only as it was written."
     v, text = (v, text) if v.lower() in _WORDS or len(lower) != len(text) else (v.lower(), lower)
@@ -115,12 +116,13 @@ def _opened(text: str) -> Any:
     try: return json.loads(text)
     except (ValueError, RecursionError): return None
 
+# %% ../nbs/10_store.ipynb #2fb874f3
 class _Talk:
     "What is known about one talk while it is redacted."
-    def __init__(self, patterns: Sequence[_Pattern], value: Any) -> None:
-        self.patterns, self.given, self.last, self.known = patterns, dict[tuple[str, str], str](), Counter[str](), dict[str, str]()
+    def __init__(self, patterns: Sequence[_Pattern], shapes: Callable[[str], tuple[int, ...]], value: Any) -> None:
+        self.patterns, self.shapes, self.given, self.last, self.known = patterns, shapes, dict[tuple[str, str], str](), Counter[str](), dict[str, str]()
         self._read(value)
-        self.values = sorted(self.known, key=lambda v: (-len(v), v))  # longest first
+        self.values = [(v, v.lower()) for v in sorted(self.known, key=lambda v: (-len(v), v))]  # longest first
 
     def _read(self, v: Any) -> None:
         "Learn names and numbers from a value, and from the JSON in its texts."
@@ -148,20 +150,31 @@ class _Talk:
             self.given[kind, same] = f'<{kind}_{self.last[kind]}>'
         return self.given[kind, same]
 
-# %% ../nbs/10_store.ipynb #df84b0f3
+# %% ../nbs/10_store.ipynb #6cd9fae8
 _NO_DIGITS = str.maketrans('', '', '0123456789')
 
+def _shapes_of(patterns: Sequence[_Pattern]) -> Callable[[str], tuple[int, ...]]:
+    "A function that says which of the patterns match a text."
+    def find(text: str) -> tuple[int, ...]:
+        lower, digits = text.lower(), len(text) - len(text.translate(_NO_DIGITS))
+        able = [i for i, (_, n, words, _p) in enumerate(patterns) if digits >= n and (not words or any(w in lower for w in words))]
+        return tuple(i for i in able if patterns[i][3].search(text))
+    remembered = lru_cache(4096)(find)
+    return lambda text: remembered(text) if len(text) <= 2000 else find(text)
+
+# %% ../nbs/10_store.ipynb #df84b0f3
 def _without_known(text: str, talk: _Talk) -> str:
     "A text with the values known in its talk replaced."
     lower = text.lower()
-    for v in talk.values:
-        if v.lower() not in lower: continue
+    for v, low in talk.values:
+        if low not in lower: continue
         held = [m.span() for m in _PLACEHOLDER.finditer(text)] if '<' in text else []
         for at in reversed([a for a in _find_word(v, text, lower) if not any(x <= a < y for x, y in held)]):
             text = text[:at] + talk.stands_for(talk.known[v], text[at:at + len(v)]) + text[at + len(v):]
         lower = text.lower()
     return text
 
+# %% ../nbs/10_store.ipynb #170e1bb3
 def _swap(m: re.Match[str], kind: str, talk: _Talk) -> str:
     "What stands where a pattern matched: its value replaced, unless a check says that it is none."
     a, b = m.span('v' if 'v' in m.re.groupindex else 0)
@@ -173,9 +186,7 @@ def _redacted(text: str, talk: _Talk) -> str:
     "Redact until nothing more is found, so that doing it again changes nothing."
     while True:
         new = _without_known(text, talk)
-        lower, digits = new.lower(), len(new) - len(new.translate(_NO_DIGITS))
-        for kind, n, words, p in talk.patterns:
-            if digits >= n and (not words or any(w in lower for w in words)): new = p.sub(partial(_swap, kind=kind, talk=talk), new)
+        for kind, _, _, p in map(talk.patterns.__getitem__, talk.shapes(new)): new = p.sub(partial(_swap, kind=kind, talk=talk), new)
         if new == text: return text
         text = new
 
@@ -190,6 +201,7 @@ def _sweep(v: Any, talk: _Talk) -> Any:
     if isinstance(v, bool) or not isinstance(v, (int, float)): return v
     return v if (new := _redacted(str(v), talk)) == str(v) else new
 
+# %% ../nbs/10_store.ipynb #92f8fa2a
 def _sweep_message(m: dict[str, Any], talk: _Talk) -> dict[str, Any]:
     "A message whose words are redacted; its role, its ids and the names of its tools are no personal data."
     calls = [c | {'function': c['function'] | {'arguments': _sweep(c['function']['arguments'], talk)}} for c in m.get('tool_calls', ())]
@@ -207,13 +219,14 @@ class Redactor:
             if not re.fullmatch('[A-Z]+', kind): raise ConfigError(f'kind {kind!r} — expected capital letters, as in CONTRACT')
         try: self.patterns: tuple[_Pattern, ...] = (*((k, 0, (), re.compile(p)) for k, p in (extra or {}).items()), *_PATTERNS)
         except re.error as e: raise ConfigError(f'the pattern {e.pattern!r} cannot be read: {e} — expected a regular expression') from None
+        self.shapes = _shapes_of(self.patterns)
 
     def value(
         self,
         value: Any,  # JSON values: a text, a list of messages, a record's dict
     ) -> Any:        # the same without personal data
         "Redact a value as one talk."
-        return _sweep(value, _Talk(self.patterns, value))
+        return _sweep(value, _Talk(self.patterns, self.shapes, value))
 
     def example(
         self,
@@ -221,7 +234,7 @@ class Redactor:
     ) -> TrainingExample:          # without personal data in what was said and what was known; `redacted` counts what went, by kind
         "Redact an example."
         said, knew = [m.to_dict() for m in (*example.messages, example.response)], example.context
-        talk = _Talk(self.patterns, [said, knew])
+        talk = _Talk(self.patterns, self.shapes, [said, knew])
         *before, answer = (Message.from_dict(_sweep_message(m, talk)) for m in said)
         return replace(example, messages=tuple(before), response=answer, context=_sweep(knew, talk), redacted=dict(Counter(kind for kind, _ in talk.given)))
 
@@ -233,6 +246,7 @@ def _said_plainly() -> Iterator[None]:
     except IntegrityError as e: raise DataError(f'the database refuses it: {str(e.orig).splitlines()[0]}') from e
     except (DBAPIError, sa.exc.TimeoutError) as e: raise BackendError(f'the database cannot answer: {str(getattr(e, "orig", None) or e).splitlines()[0]}') from e
 
+# %% ../nbs/10_store.ipynb #7ebabc5a
 def _sqlite_engine(url: sa.URL) -> sa.Engine:
     "SQLite as several threads and processes can share it: readers never wait, one writer at a time, on disk when a commit returns."
     if url.database in (None, '', ':memory:'): raise ConfigError('a store in memory is another one in each thread — give a file, such as sqlite:///stateset.db')
@@ -242,7 +256,7 @@ def _sqlite_engine(url: sa.URL) -> sa.Engine:
     @sa.event.listens_for(engine, 'connect')
     def connect(raw: Any, _: Any) -> None:
         raw.isolation_level = None  # we begin transactions ourselves
-        for pragma in ('busy_timeout=10000', 'journal_mode=WAL', 'synchronous=FULL', 'foreign_keys=ON'): raw.execute(f'PRAGMA {pragma}')
+        for pragma in ('busy_timeout=10000', 'journal_mode=WAL', 'synchronous=FULL', 'foreign_keys=ON', 'secure_delete=ON'): raw.execute(f'PRAGMA {pragma}')
     @sa.event.listens_for(engine, 'begin')
     def begin(c: sa.Connection) -> None: c.exec_driver_sql('BEGIN' if c.get_execution_options().get('reading') else 'BEGIN IMMEDIATE')
     return engine
@@ -265,6 +279,7 @@ def _version(c: sa.Connection, room: str) -> int:
     if not sa.inspect(c).has_table('schema_version'): return 0
     return c.execute(sa.text('SELECT coalesce(max(version), 0) FROM schema_version WHERE room = :room'), {'room': room}).scalar_one()
 
+# %% ../nbs/10_store.ipynb #ed82e0c2
 def _step(engine: sa.Engine, room: str, n: int, step: Sequence[str]) -> None:
     "Take step `n`, unless somebody else did in the meantime."
     postgres = engine.dialect.name == 'postgresql'
@@ -276,6 +291,7 @@ def _step(engine: sa.Engine, room: str, n: int, step: Sequence[str]) -> None:
         for sql in step: c.exec_driver_sql(sql.format(text=text))
         c.execute(sa.text('INSERT INTO schema_version VALUES (:room, :n, :at)'), {'room': room, 'n': n, 'at': _now()})
 
+# %% ../nbs/10_store.ipynb #9c4ebabd
 def _now() -> str:
     "This moment, in UTC; such texts sort by time."
     return datetime.now(timezone.utc).isoformat(timespec='microseconds')
@@ -374,6 +390,7 @@ def _check_numbers(e: TrainingExample) -> None:
         lo, hi = _RANGES.get(k, (-math.inf, math.inf)) if k in e.labels else (-math.inf, math.inf)
         if not lo <= v <= hi: raise DataError(f'{e.id or "example"}: label {k}={v!r} — expected {lo} to {hi}')
 
+# %% ../nbs/10_store.ipynb #a90e60de
 def _utc(text: str, where: str) -> str:
     "A time in ISO 8601 as UTC; one without a zone is taken for UTC; none at all is now."
     if not text: return _now()
@@ -396,6 +413,7 @@ def _plain_name(value: Any, where: str, key: str) -> Any:
     if value and ('\0' in value or len(value) > 512): raise DataError(f'{where}: {key}={value[:60]!r} — expected at most 512 characters, none of them NUL')
     return value
 
+# %% ../nbs/10_store.ipynb #31ec620c
 def _row(e: TrainingExample) -> dict[str, Any]:
     "An example as the columns of its row."
     where = e.id or 'example'
@@ -441,9 +459,12 @@ class ExampleFilter(Record):
 
     def __post_init__(self) -> None:
         if self.label_state is not None and self.label_state not in LABEL_STATES: raise ConfigError(f'label_state={self.label_state!r} — expected one of {", ".join(LABEL_STATES)}')
+        for k in ('min_quality', 'max_quality', 'min_confidence', 'max_confidence'):
+            if (v := getattr(self, k)) is not None and (isinstance(v, bool) or not isinstance(v, (int, float)) or not math.isfinite(v)): raise ConfigError(f'{k}={v!r} — expected a number')
         for k in ('since', 'until'):
             if (t := getattr(self, k)) is not None: object.__setattr__(self, k, _utc(t, 'filter'))
 
+# %% ../nbs/10_store.ipynb #34bf0c15
 def _conditions(where: ExampleFilter) -> list[sa.ColumnElement[bool]]:
     "A filter as conditions on columns."
     c, w = EXAMPLE.c, where
@@ -468,6 +489,7 @@ def _insert(c: sa.Connection, table: sa.Table) -> Any:
     "An INSERT that leaves alone what is there."
     return (postgresql.insert(table) if c.dialect.name == 'postgresql' else sqlite.insert(table)).on_conflict_do_nothing()
 
+# %% ../nbs/10_store.ipynb #0e745408
 def _insert_examples(c: sa.Connection, rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     "What became of each row: (added | known | duplicate | conflict, id of the example that stands for it)."
     first: dict[str, dict[str, Any]] = {}
@@ -508,6 +530,7 @@ def _lock_example(c: sa.Connection, example_id: str) -> Any:
     if row is None: raise DataError(f'there is no example {example_id!r} — expected the id of a stored one')
     return row
 
+# %% ../nbs/10_store.ipynb #5a82ddf1
 def _refresh(c: sa.Connection, example_id: str) -> None:
     "Work out the columns of an example from its record and from what people said."
     d = json.loads(_lock_example(c, example_id).body)
@@ -517,6 +540,7 @@ def _refresh(c: sa.Connection, example_id: str) -> None:
     state = 'human' if scores or d['label_sources'].get('quality') == 'human' else 'machine'
     c.execute(EXAMPLE.update().where(EXAMPLE.c.id == example_id).values(quality=q, confidence=d['labels'].get('confidence'), label_state='none' if q is None else state))
 
+# %% ../nbs/10_store.ipynb #c75983f9
 def _add_feedback(c: sa.Connection, f: Feedback, score: float | None) -> Feedback:
     "Append a revision, unless this act of rating is known."
     _lock_example(c, f.example_id)
@@ -560,7 +584,7 @@ class TrainingStore(Database):
 
     def ready(
         self,
-        example: TrainingExample,  # as it came
+        example: TrainingExample,  # as it came; one that says what was taken out of it (`redacted`) is believed
     ) -> TrainingExample:          # as it would be stored
         "Take personal data out, and fill in what is missing: id, time, the hash in place of the user."
         if not isinstance(example.messages, tuple) or not isinstance(example.response, Message): raise DataError(f'{example.id}: messages or response are of another kind — expected a list of messages, and a message')
@@ -613,6 +637,7 @@ def _own_words(store: TrainingStore, d: dict[str, Any], *written: str) -> dict[s
     if store.redactor is not None: d = d | store.redactor.value({k: d[k] for k in written})
     return d | {'id': d['id'] or secrets.token_hex(8), 'created_at': _utc(d['created_at'], 'feedback')}
 
+# %% ../nbs/10_store.ipynb #009e2a8c
 def add_feedback(
     store: TrainingStore,  # where the example is
     feedback: Feedback,    # with an id, so that it may be sent again; without one it gets one
@@ -623,6 +648,7 @@ def add_feedback(
     for k in ('id', 'labeller'): _plain_name(getattr(f, k), f.example_id, k)
     with store.begin() as c: return _add_feedback(c, f, score)
 
+# %% ../nbs/10_store.ipynb #c6ccfeed
 def withdraw_feedback(
     store: TrainingStore,  # where the example is
     example_id: str,       # which example
@@ -686,6 +712,8 @@ def forget_user(
         ids = list(c.execute(sa.select(EXAMPLE.c.id).where(EXAMPLE.c.user_hash == _user_hash(user, store._key))).scalars()) if user else []
         for i in ids: c.execute(PREFERENCE.delete().where(PREFERENCE.c.group_id == i))
         if ids: c.execute(EXAMPLE.delete().where(EXAMPLE.c.user_hash == _user_hash(user, store._key)))
+    if ids and store.engine.dialect.name == 'sqlite':
+        with contextlib.closing(store.engine.raw_connection()) as raw: raw.cursor().execute('PRAGMA wal_checkpoint(TRUNCATE)')
     return len(ids)
 
 # %% ../nbs/10_store.ipynb #89ddafd1
@@ -764,6 +792,7 @@ def _example(messages: Sequence[Message], where: str, id: object, known: dict[st
     metrics = {k: known.pop(k) for k in ('latency_s', 'tokens', 'cost_usd') if isinstance(known.get(k), (int, float))}
     return TrainingExample(str(id or ''), tuple(messages[:last]), messages[last], created_at=when, metrics=metrics, context=known, **mine)
 
+# %% ../nbs/10_store.ipynb #3eb99cee
 def _from_openai(d: dict[str, Any], where: str) -> TrainingExample:
     "A line in the OpenAI chat format: `messages`, perhaps `id`, `rating` and whatever else a log keeps."
     c = Conversation.from_dict({k: v for k, v in d.items() if k != 'id'}, where)
@@ -781,6 +810,7 @@ def _share_turn(t: Any, where: str, n: int) -> dict[str, Any]:
     call = read_json_object(t['value'], f'{where}: conversations[{n}]')
     return {'role': 'assistant', 'content': None, 'tool_calls': [{'id': f'call_{n}', 'function': {'name': call.get('name'), 'arguments': call.get('arguments', '{}')}}]}
 
+# %% ../nbs/10_store.ipynb #85459e2f
 def _from_sharegpt(d: dict[str, Any], where: str) -> TrainingExample:
     "A ShareGPT conversation: `conversations`, a list of `from` and `value`."
     turns = d.get('conversations')
@@ -801,11 +831,13 @@ def _chain_text(content: Any) -> Any:
     if not isinstance(content, list): return content
     return [{'type': 'text', 'text': b} if isinstance(b, str) else b for b in content if not (isinstance(b, dict) and b.get('type') in ('tool_use', 'tool_call', 'thinking', 'reasoning'))]
 
+# %% ../nbs/10_store.ipynb #7320b7cd
 def _chain_call(c: Any, where: str) -> dict[str, Any]:
     "A tool call in LangChain's form (`name`, `args`) or OpenAI's."
     if not isinstance(c, dict): raise DataError(f'{where}: {c!r:.60} is no tool call — expected {{"name": ..., "args": ...}}')
     return c if 'function' in c else {'id': c.get('id'), 'function': {'name': c.get('name'), 'arguments': c.get('args', {})}}
 
+# %% ../nbs/10_store.ipynb #7320e4ce
 def _chain_message(m: Any, where: str) -> Message:
     "A LangChain or OpenAI message."
     if not isinstance(m, dict): raise DataError(f'{where}: a message is {type(m).__name__} — expected an object')
@@ -838,6 +870,7 @@ def _run_answer(out: Any, asked: int, where: str) -> list[Any]:
             if isinstance(v, dict): return [v]
     raise DataError(f'{where}: outputs hold no answer — expected generations, choices, messages or output')
 
+# %% ../nbs/10_store.ipynb #df42e418
 def _run_question(inputs: Any, where: str) -> list[Any]:
     "The messages of a run's inputs."
     if isinstance(inputs, dict):
@@ -854,6 +887,7 @@ def _seconds(run: dict[str, Any], where: str) -> dict[str, float]:
     a, b = (datetime.fromisoformat(_utc(run[k], where)) for k in ('start_time', 'end_time'))
     return {'latency_s': (b - a).total_seconds()}
 
+# %% ../nbs/10_store.ipynb #c5e131af
 def _from_langsmith(d: dict[str, Any], where: str) -> TrainingExample:
     "A LangSmith run, or a LangChain history (`messages` alone)."
     if d.get('error') and not d.get('outputs'): raise DataError(f'{where}: the run failed: {d["error"]!s:.80}')
@@ -886,6 +920,7 @@ class Refusal(Record):
     where: str  # file and line
     why: str    # what was seen, and what was expected
 
+# %% ../nbs/10_store.ipynb #bd9f967f
 @dataclass(frozen=True)
 class IngestReport(Record):
     "What became of a file."
@@ -944,6 +979,7 @@ def ingest_file(
     if not report.read: raise DataError(f'{path}: the file is empty — expected one conversation a line')
     return report
 
+# %% ../nbs/10_store.ipynb #d0bef7fe
 def _ingest_lot(store: TrainingStore, lot: Sequence[_Found], chosen: set[str] | None, read: Callable[[dict[str, Any], str], TrainingExample], report: IngestReport) -> IngestReport:
     "Keep what can be kept of some objects, in one transaction."
     kept: list[tuple[str, dict[str, Any], dict[str, int]]] = []
@@ -960,6 +996,8 @@ def _ingest_lot(store: TrainingStore, lot: Sequence[_Found], chosen: set[str] | 
     if kept:
         with store.begin() as c: fates = _insert_examples(c, [row for _, row, _ in kept])
     refused += [Refusal(where, f'the id {i!r} stands for another example') for (where, *_), (what, i) in zip(kept, fates) if what == 'conflict']
+    place = {where: i for i, (where, _) in enumerate(lot)}
+    refused.sort(key=lambda r: place[r.where])
     n, gone = Counter(what for what, _ in fates), Counter(report.redacted)
     for (*_, kinds), (what, _i) in zip(kept, fates): gone.update(kinds if what == 'added' else {})
     return replace(report, read=report.read + len(lot), added=report.added + n['added'], known=report.known + n['known'], duplicates=report.duplicates + n['duplicate'], redacted=dict(gone),
@@ -975,6 +1013,7 @@ class AnswerScorer(Protocol):
     ) -> Any:                      # has a `score` from 0 to 1
         "How good the answer is."
 
+# %% ../nbs/10_store.ipynb #3c8da006
 def _as_example(result: TrainingExample | Conversation | Trajectory, given: dict[str, Any]) -> TrainingExample:
     "A result as an example."
     if isinstance(result, TrainingExample): e = result
@@ -1036,6 +1075,7 @@ def _rows(store: TrainingStore, where: ExampleFilter) -> Iterator[dict[str, Any]
     "The examples that match, as plain JSON, by id."
     for row in _pages(store, sa.select(*_SHOWN).where(*_conditions(where)), EXAMPLE.c.id): yield _body(row)
 
+# %% ../nbs/10_store.ipynb #37212864
 def _suggestions(store: TrainingStore, where: ExampleFilter) -> Iterator[tuple[dict[str, Any], Feedback]]:
     "(example, feedback) wherever somebody suggested another answer, whatever the quality of the one given."
     about = replace(where, min_quality=None, max_quality=None, label_state=None)
@@ -1053,10 +1093,12 @@ def _sft(store: TrainingStore, where: ExampleFilter, shape: Callable[[dict[str, 
     for d in _rows(store, where): yield _with_tools(d, shape(d, [_chat(d['response'])]))
     for d, f in _suggestions(store, where): yield _with_tools(d, shape(d, _turn(f.suggested_response or '')))
 
+# %% ../nbs/10_store.ipynb #5739976b
 def _openai_rows(store: TrainingStore, where: ExampleFilter) -> Iterator[dict[str, Any]]: return _sft(store, where, lambda d, said: {'messages': _asked(d) + said})
 
 def _trl_rows(store: TrainingStore, where: ExampleFilter) -> Iterator[dict[str, Any]]: return _sft(store, where, lambda d, said: {'prompt': _asked(d), 'completion': said})
 
+# %% ../nbs/10_store.ipynb #7478e8dc
 def _kto_rows(store: TrainingStore, where: ExampleFilter) -> Iterator[dict[str, Any]]:
     for d in _rows(store, where):
         if (q := d['labels'].get('quality')) is not None and not 3 <= q < 4: yield _with_tools(d, {'prompt': _asked(d), 'completion': [_chat(d['response'])], 'label': q >= 4})
@@ -1073,6 +1115,7 @@ def _preference_rows(store: TrainingStore, where: ExampleFilter) -> Iterator[dic
     for d, f in _suggestions(store, where):
         if f.suggested_response != Message.from_dict(d['response']).text: yield {'prompt': _asked(d), 'chosen': _turn(f.suggested_response or ''), 'rejected': [_chat(d['response'])]}
 
+# %% ../nbs/10_store.ipynb #aaa1d067
 def _sharegpt_rows(store: TrainingStore, where: ExampleFilter) -> Iterator[dict[str, Any]]:
     "Back into ShareGPT's words."
     back = {'user': 'human', 'assistant': 'gpt', 'system': 'system', 'developer': 'system', 'tool': 'observation'}
@@ -1080,7 +1123,8 @@ def _sharegpt_rows(store: TrainingStore, where: ExampleFilter) -> Iterator[dict[
         turns = []
         for m in map(Message.from_dict, (*d['messages'], d['response'])):
             turns += [{'from': back[m.role], 'value': m.text}] if m.text or not m.tool_calls else []
-            turns += [{'from': 'function_call', 'value': json.dumps({'name': c.name, 'arguments': c.arguments}, ensure_ascii=False)} for c in m.tool_calls]
+            calls = [{'name': c.name, 'arguments': c.arguments if (a := _opened(c.arguments)) is None else a} for c in m.tool_calls]
+            turns += [{'from': 'function_call', 'value': json.dumps(c, ensure_ascii=False)} for c in calls]
         yield {'id': d['id'], 'conversations': turns}
 
 EXPORTS: dict[str, Callable[[TrainingStore, ExampleFilter], Iterator[dict[str, Any]]]] = {
@@ -1098,6 +1142,7 @@ class ExportReport(Record):
     schema: int = 1
     _nested: ClassVar[dict[str, type]] = {'where': ExampleFilter}
 
+# %% ../nbs/10_store.ipynb #36f02496
 def export_file(
     store: TrainingStore,             # what to take from
     path: str | os.PathLike[str],     # the JSONL file to make or replace; its manifest gets '.manifest.json' after the name
@@ -1130,8 +1175,10 @@ def to_pandas(
     names = ('id', 'created_at', 'agent', 'model', 'run_id', 'scenario_id', 'source', 'split', 'query')
     def row(e: TrainingExample) -> dict[str, Any]:
         return {k: getattr(e, k) for k in names} | {'response': e.response.text, 'tools_used': ', '.join(e.tools_used)} | dict.fromkeys(_RANGES) | e.labels | e.metrics
-    return pd.DataFrame([row(e) for e in store.examples(where)], columns=None if store.count(where) else [*names, 'response', 'tools_used', *_RANGES])
+    rows = [row(e) for e in store.examples(where)]
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=[*names, 'response', 'tools_used', *_RANGES])
 
+# %% ../nbs/10_store.ipynb #68c871c6
 def to_dataset(
     store: TrainingStore,                    # what to take from
     folder: str | os.PathLike[str],          # where the dataset's files go

@@ -130,6 +130,13 @@ def test_a_customer_is_known_by_a_hash_and_can_be_forgotten(store, monkeypatch):
     monkeypatch.setenv('STATESET_NB_USER_KEY', 'another key')
     with TrainingStore(store.engine.url.render_as_string(hide_password=False)) as other: assert other.ready(example(user='ann')).user != users[2]
 
+def test_what_is_forgotten_is_no_longer_in_the_file(tmp_path):
+    with TrainingStore(f'sqlite:///{tmp_path}/store.db') as s:
+        s.add_many([example(str(i), f'marmalade-{i}', user='mei') for i in range(50)] + [example('kept', 'kept', user='ann')])
+        found = lambda: any(b'marmalade' in f.read_bytes() for f in tmp_path.iterdir())
+        assert found() and forget_user(s, 'mei') == 50
+        assert not found() and s.count() == 1
+
 # ---- filters
 
 labelled = st.builds(lambda q, c, a, h, d: dict(labels={'quality': q, 'confidence': c}, agent=a, label_sources={'quality': 'human'} if h else {}, created_at=f'2026-01-{d:02}'),
