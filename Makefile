@@ -40,16 +40,19 @@ check: $(ready) ## seconds: modules and notebooks agree, ruff, mypy
 check-outputs: $(ready) ## minutes: run every notebook and compare with the outputs it stores
 	@python tools/nbrun.py --check nbs
 
-bench: $(ready) ## the figures of the demo, of the engine beside TRL and of learnt rewards, short
+bench: $(ready) ## the figures of the demo, of the engine beside TRL, of learnt rewards and of the store, short
 	@python benchmarks/support_desk.py --quick
 	@python benchmarks/engine.py --quick
 	@python benchmarks/reward.py --quick
+	@python benchmarks/store.py --quick
 
-bench-full: $(ready) ## every seed and rival of the demo, every case of the engine, credit over turns, learnt rewards on real labels (long)
+bench-full: $(ready) ## every seed and rival of the demo, every case of the engine, credit over turns, learnt rewards on real labels, the store at size (long)
 	@python benchmarks/support_desk.py
 	@python benchmarks/engine.py
 	@python benchmarks/credit.py
 	@python benchmarks/reward.py
+	@python benchmarks/labelling.py
+	@python benchmarks/store.py
 
-system:         ## Debian and Ubuntu: install the browser that drives the site's tests
+system:         ## Debian and Ubuntu: install the browser and the PostgreSQL server that the tests drive
 	@tools/system.sh
