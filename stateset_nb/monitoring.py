@@ -44,14 +44,16 @@ _QUANTILES = np.array([.5, .95, .99])
 def window_stats(
     values: np.ndarray,  # [N] the window
 ) -> MetricStats:        # exact
-    "Seven statistics of a window, with one sort."
-    ok = np.sort(values[np.isfinite(values)])
+    "Seven statistics of a window, sorted only where a percentile is read."
+    ok = values[np.isfinite(values)]
     n = len(ok)
     if not n: return MetricStats(0, len(values), math.nan, math.nan, math.nan, math.nan, math.nan, math.nan, math.nan)
     at = _QUANTILES * (n - 1)
     low = at.astype(int)
-    p50, p95, p99 = (ok[low] + (ok[np.minimum(low + 1, n - 1)] - ok[low]) * (at - low)).tolist()
-    return MetricStats(n, len(values) - n, float(ok.mean()), float(ok.std()), float(ok[0]), float(ok[-1]), p50, p95, p99)
+    high = np.minimum(low + 1, n - 1)
+    sorted_there = np.partition(ok, np.concatenate([low, high]))
+    p50, p95, p99 = (sorted_there[low] + (sorted_there[high] - sorted_there[low]) * (at - low)).tolist()
+    return MetricStats(n, len(values) - n, float(ok.mean()), float(ok.std()), float(ok.min()), float(ok.max()), p50, p95, p99)
 
 # %% ../nbs/40_monitoring.ipynb #aedd0e8d
 class MetricAggregator:
@@ -292,32 +294,48 @@ class _Postman(_Courier):
         for alert in batch: super()._bring([alert])
 
 # %% ../nbs/40_monitoring.ipynb #4cdef6a6
-class AlertManager:
-    "Watches metrics by rules, and tells who wants to know."
-    def __init__(
-        self,
-        callbacks: Iterable[Listener] = (),       # called with each `Alert`, plain or async, from another thread
-        *,
-        run: Pausable | None = None,              # whom a rule may ask to pause
-        clock: Callable[[], float] = time.time,   # seconds
-        history: int = 1000,                      # alerts kept
-    ) -> None:
-        self.run, self.clock = run, clock
-        self.rules: dict[str, AlertRule] = {}
-        self.history: deque[Alert] = deque(maxlen=history)
-        self.counts: Counter[tuple[str, str]] = Counter()   # (rule, severity) -> how often it fired
-        self._standings: dict[tuple[str, str], _Standing] = {}
-        self._by_metric: dict[str, list[AlertRule]] = {}
+class _Delivery:
+    "Brings alerts to callbacks."
+    def __init__(self, callbacks: Iterable[Listener]) -> None:
         self._couriers: list[_Courier] = []
-        self._lock = threading.RLock()
         for c in callbacks: self.on_alert(c)
 
     def on_alert(
         self,
-        callback: Listener,  # called with each `Alert`, plain or async
+        callback: Listener,  # called with each `Alert`, plain or async, from another thread
     ) -> None:
         "Add somebody who wants to know."
         self._couriers.append(_Postman(f'callback {len(self._couriers)}', _one_by_one(callback), 10_000, tries=3))
+
+    @property
+    def undelivered(self) -> list[Alert]:
+        "What no try brought to a callback."
+        return [a for c in self._couriers if isinstance(c, _Postman) for a in c.lost]
+
+    def flush(
+        self,
+        timeout: float = 5.,  # seconds
+    ) -> bool:                # False when a callback takes longer
+        "Wait until all callbacks are told."
+        return all([c.flush(timeout) for c in self._couriers])
+
+    def close(
+        self,
+        timeout: float = 5.,  # seconds for each callback
+    ) -> bool:                # False when one hangs
+        "Tell what is left and end."
+        return all([c.close(timeout) for c in self._couriers])
+
+# %% ../nbs/40_monitoring.ipynb #089e9c2f
+class _Rules(_Delivery):
+    "Keeps rules and where they stand."
+    def __init__(self, callbacks: Iterable[Listener], clock: Callable[[], float]) -> None:
+        super().__init__(callbacks)
+        self.clock = clock
+        self.rules: dict[str, AlertRule] = {}
+        self._standings: dict[tuple[str, str], _Standing] = {}
+        self._by_metric: dict[str, list[AlertRule]] = {}
+        self._lock = threading.RLock()
 
     def add_rule(
         self,
@@ -325,11 +343,11 @@ class AlertManager:
     ) -> AlertRule:       # the rule
         "Watch a metric by a rule."
         with self._lock:
+            before = self.rules.get(rule.name, rule)
             self.rules[rule.name] = rule
             self._standings = {k: v for k, v in self._standings.items() if k[0] != rule.name}
-            if rule.condition == 'absent': self._standings[rule.name, rule.metric] = _Standing(rule, rule.metric, self.clock())
-            self._by_metric = {}
-            for r in self.rules.values(): self._by_metric.setdefault(r.metric, []).append(r)
+            if rule.condition == 'absent': self._standing(rule, rule.metric, self.clock())
+            for m in {before.metric, rule.metric}: self._by_metric[m] = [r for r in self.rules.values() if r.metric == m]
         return rule
 
     def add_threshold(
@@ -344,6 +362,25 @@ class AlertManager:
         check_keys(more, AlertRule.__dataclass_fields__, 'add_threshold', ConfigError)
         name = more.pop('name', f'{metric} {_SPELT.get(condition, condition)} {threshold:g}')
         return self.add_rule(AlertRule(name, metric, threshold, condition, severity, **more))
+
+    def _standing(self, rule: AlertRule, key: str, now: float) -> _Standing:
+        if (rule.name, key) not in self._standings: self._standings[rule.name, key] = _Standing(rule, key, now)
+        return self._standings[rule.name, key]
+
+# %% ../nbs/40_monitoring.ipynb #83495b77
+class AlertManager(_Rules):
+    "Watches metrics by rules, and tells who wants to know."
+    def __init__(
+        self,
+        callbacks: Iterable[Listener] = (),       # called with each `Alert`, plain or async, from another thread
+        *,
+        run: Pausable | None = None,              # whom a rule may ask to pause
+        clock: Callable[[], float] = time.time,   # seconds
+        history: int = 1000,                      # alerts kept
+    ) -> None:
+        super().__init__(callbacks, clock)
+        self.run, self.history = run, deque[Alert](maxlen=history)
+        self.counts: Counter[tuple[str, str]] = Counter()   # (rule, severity) -> how often it fired
 
     def observe(
         self,
@@ -366,10 +403,6 @@ class AlertManager:
             now = self.clock()
             return self._tell([a for s in self._standings.values() if s.rule.condition == 'absent' and (a := s.judge(now - s.seen_at, now, None))])
 
-    def _standing(self, rule: AlertRule, key: str, now: float) -> _Standing:
-        if (rule.name, key) not in self._standings: self._standings[rule.name, key] = _Standing(rule, key, now)
-        return self._standings[rule.name, key]
-
     def _tell(self, alerts: list[Alert]) -> list[Alert]:
         "Keep, send, and pause where a rule wants that."
         for a in alerts:
@@ -384,25 +417,6 @@ class AlertManager:
         "What fires now, the worst first."
         with self._lock: now = [s.firing for s in self._standings.values() if s.firing is not None]
         return sorted(now, key=lambda a: -SEVERITIES.index(a.severity))
-
-    @property
-    def undelivered(self) -> list[Alert]:
-        "What no try brought to a callback."
-        return [a for c in self._couriers if isinstance(c, _Postman) for a in c.lost]
-
-    def flush(
-        self,
-        timeout: float = 5.,  # seconds
-    ) -> bool:                # False when a callback takes longer
-        "Wait until all callbacks are told."
-        return all([c.flush(timeout) for c in self._couriers])
-
-    def close(
-        self,
-        timeout: float = 5.,  # seconds for each callback
-    ) -> bool:                # False when one hangs
-        "Tell what is left and end."
-        return all([c.close(timeout) for c in self._couriers])
 
 # %% ../nbs/40_monitoring.ipynb #70a06420
 class SlackWebhook:
@@ -881,11 +895,12 @@ LABELS = ('model', 'run', 'job')
 
 class _Series:
     "A metric with its labels: a window, and what adds up."
-    __slots__ = ('key', 'name', 'info', 'labels', 'append', 'last', 'count', 'total', 'episode')
+    __slots__ = ('key', 'name', 'info', 'labels', 'append', 'last', 'count', 'total', 'episode', 'place')
     def __init__(self, key: str, name: str, info: MetricInfo, labels: dict[str, str], append: Callable[[float], None]) -> None:
         self.key, self.name, self.info, self.labels, self.append = key, name, info, labels, append
         self.last, self.count, self.total = math.nan, 0, 0.
         self.episode: int | None = None
+        self.place: _Series | None = None   # where the number of its newest episode stands
 
 def _labelled(name: str, labels: dict[str, str]) -> str:
     "A metric with its labels, as it is written down."
@@ -964,7 +979,8 @@ class _Board:
         self.dropped_series = 0
         self._series: dict[Any, _Series] = {}
         self._couriers: dict[str, _Courier] = {}
-        self._clock = time.time
+        self._out: tuple[_Courier, ...] = ()    # the same, for the hot path
+        self._watched = alerts._by_metric
 
     def log_metric(
         self,
@@ -976,14 +992,19 @@ class _Board:
     ) -> Self:                       # the dashboard; it may be awaited, and need not be
         "Take one value. It never waits, whoever listens."
         key: Any = (name, *labels.items()) if labels else name
-        if episode is not None: key = self._episode(name, key, episode, labels)
+        if episode is not None:
+            step = episode
+            if self.episode_label == 'all': key = (*(key if labels else (name,)), ('episode', episode))
         s = self._series.get(key) or self._open(key, name, labels)
         if s is None: self.dropped_series += 1; return self
         value = float(value)
-        s.append(value); s.last = value; s.count += 1; s.episode = episode
+        s.append(value); s.last = value; s.count += 1
         if value - value == 0.: s.total += value
-        if name in self.alerts._by_metric: self.alerts.observe(name, value, step if episode is None else episode, s.key)
-        for c in self._couriers.values(): c.put((s.key, value, self._clock(), step if episode is None else episode))
+        if episode is not None: s.episode = episode; self._episode(s.place or self._place(s, labels), episode)
+        if name in self._watched: self.alerts.observe(name, value, step, s.key)
+        if self._out:
+            point = (s.key, value, time.time(), step)
+            for c in self._out: c.put(point)
         return self
 
     def __await__(self) -> Generator[None, None, Self]:
@@ -1002,16 +1023,20 @@ class _Board:
         s = self._series[key] = _Series(text, name, metric_info(name, training), {k: str(v) for k, v in labels.items()}, self.aggregator.handle(text))
         return s
 
-    def _episode(self, name: str, key: Any, episode: int, labels: dict[str, str]) -> Any:
-        "Count an episode, and give the key of its series."
-        where = ('train/episode', *labels.items()) if labels else 'train/episode'
-        s = self._series.get(where) or self._open(where, 'train/episode', labels)
-        if s is not None and s.last != episode:
-            s.append(float(episode)); s.last = episode
-            count = self._series.get(('train/episodes', where)) or self._open(('train/episodes', where), 'train/episodes', labels)
-            if count is not None: count.total += 1.; count.last = count.total
-        if self.episode_label != 'all': return key
-        return (*(key if isinstance(key, tuple) else (key,)), ('episode', episode))
+    def _place(self, s: _Series | None, labels: dict[str, str]) -> _Series:
+        "Where the number of the newest episode stands; its own `place` counts them."
+        tail = tuple(labels.items())
+        at, count = (self._series.get((k, *tail)) or self._open((k, *tail), k, labels) for k in ('train/episode', 'train/episodes'))
+        if at is None or count is None: return _Series('', '', _KNOWN['train/episode'], {}, lambda v: None)
+        at.place = count
+        if s is not None: s.place = at
+        return at
+
+    def _episode(self, at: _Series, episode: int) -> None:
+        "Count an episode that was not seen before."
+        if at.last == episode or at.place is None: return
+        at.append(float(episode)); at.last = episode
+        at.place.total += 1.; at.place.last = at.place.total
 
 # %% ../nbs/40_monitoring.ipynb #b7c8f52b
 def _own_series(board: _Board) -> Iterator[_Series]:
@@ -1159,7 +1184,40 @@ class _Running(_Board):
         return client.generate_latest(registry).decode()
 
 # %% ../nbs/40_monitoring.ipynb #9b98be5f
-class AdvancedDashboard(_Running):
+class _Training(_Running):
+    "What a trainer calls."
+    pack: DetectorPack
+
+    def __init__(self, *board: Any) -> None:
+        super().__init__(*board)
+        self.refused: dict[str, str] = {}
+        self._told: tuple[int, dict[str, float]] = (-1, {})
+
+    def on_log(
+        self,
+        step: int,                  # the round, from 1
+        metrics: dict[str, float],  # TRL's names
+    ) -> None:
+        "Take the metrics of a round."
+        now = {k: v for k, v in self._numbers(metrics).items() if step != self._told[0] or k not in self._told[1]}   # some trainers repeat a round with a word more
+        self._told = (step, now if step != self._told[0] else self._told[1] | now)
+        for k, v in now.items():
+            if k not in self._series: self._open(k, k, {}, training=True)
+            self.log_metric(k, v, step)
+        self._episode(self._place(None, {}), step)
+        for k, v in self.pack.observe(now).items(): self.alerts.observe(f'detector/{k}', v, step)
+        for c in self._out: c.wake.set()
+
+    def _numbers(self, metrics: dict[str, Any]) -> dict[str, float]:
+        "What is a number; the rest is kept as text in `refused`."
+        res: dict[str, float] = {}
+        for k, v in metrics.items():
+            try: res[k] = float(v)
+            except (TypeError, ValueError): self.refused[k] = repr(v)[:200]
+        return res
+
+# %% ../nbs/40_monitoring.ipynb #aaab506c
+class AdvancedDashboard(_Training):
     "Numbers over time, alerts, sinks and Prometheus, in one object."
     def __init__(
         self,
@@ -1182,31 +1240,13 @@ class AdvancedDashboard(_Running):
         super().__init__(window, label_names, max_series, episode_label, alerts or AlertManager())
         if interval < 1 or (port is not None and not 0 <= port < 65536): raise ConfigError(f'interval={interval}, port={port} — expected at least 1 second, and a port from 0 to 65535')
         self.name, self.labels, self.interval, self.system_metrics, self.port, self.address = name, dict(labels or {}), interval, system_metrics, port, address
-        self.sinks, self.pack, self.refused, self._told = dict(sinks or {}), DetectorPack(detectors), dict[str, str](), (-1, dict[str, float]())
+        self.sinks, self.pack = dict(sinks or {}), DetectorPack(detectors)
         if run is not None: self.alerts.run = run
         for d in detectors: self.alerts.add_rule(d.rule())
         for k, s in self.sinks.items(): self._couriers[k] = _Courier(k, _to_sink(s))
-        self.alerts._couriers += self._couriers.values()
+        self._out = tuple(self._couriers.values())
+        self.alerts._couriers += self._out
         weakref.finalize(self, _let_go, self.alerts._couriers)  # at exit too, so that a script that just ends loses nothing
-
-    def on_log(self, step: int, metrics: dict[str, float]) -> None:
-        "Take the metrics of a round."
-        now = {k: v for k, v in self._numbers(metrics).items() if step != self._told[0] or k not in self._told[1]}   # some trainers repeat a round with a word more
-        self._told = (step, now if step != self._told[0] else self._told[1] | now)
-        for k, v in now.items():
-            if k not in self._series: self._open(k, k, {}, training=True)
-            self.log_metric(k, v, step)
-        self._episode('', '', step, {})
-        for k, v in self.pack.observe(now).items(): self.alerts.observe(f'detector/{k}', v, step)
-        for c in self._couriers.values(): c.wake.set()
-
-    def _numbers(self, metrics: dict[str, Any]) -> dict[str, float]:
-        "What is a number; the rest is kept as text in `refused`."
-        res: dict[str, float] = {}
-        for k, v in metrics.items():
-            try: res[k] = float(v)
-            except (TypeError, ValueError): self.refused[k] = repr(v)[:200]
-        return res
 
     def get_dashboard_summary(self) -> DashboardSummary:  # JSON values
         "What there is to see now."
