@@ -51,5 +51,5 @@ bench-full: $(ready) ## every seed and rival of the demo, every case of the engi
 	@python benchmarks/credit.py
 	@python benchmarks/reward.py
 
-system:         ## Debian and Ubuntu: install the browser that drives the site's tests
+system:         ## Debian and Ubuntu: install what the tests drive: browser, PostgreSQL, Prometheus, Alertmanager
 	@tools/system.sh

@@ -830,14 +830,13 @@ class SystemMetrics:
 
 # %% ../nbs/40_monitoring.ipynb #8247a601
 @dataclass(frozen=True)
-class MetricInfo(Record):
+class MetricInfo:
     "What a metric is called in Prometheus."
     key: str              # its name here
     name: str             # its name there
     kind: str = 'gauge'   # 'gauge', 'counter' (values add up) or 'summary' (quantiles over the window)
     help: str = ''        # what it means, with its unit
     peak: bool = False    # also export the highest of the last 100 points, since a scrape misses what is shorter than its interval
-    schema: int = 1
 
 METRICS = (
     MetricInfo('loss', 'grpo_train_loss', help='Loss of a round', peak=True),

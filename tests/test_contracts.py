@@ -204,7 +204,13 @@ def examples():
             RewardExample(talk[:1], 'It is refunded.', 3., (0, 5), (3., 4.), 'g'), Preference('Where?', 'Here.', 'Whatever.', 'g'), p, r, tests,
             TrainingMetrics(task_completion_rate=Interval(.5, .4, .6, 100)), table, ABTestResult(tests, tests, table), r,
             Rubric((Criterion('right', 'Is it true?', ((1, 'false'), (4, 'true')), 2.),), 1, 4, 'The record decides.'), JudgeAgreement('pairs', 40, {'kappa': Interval(.5, .4, .6, 40)}, {'length': 'all as long'}),
-            RewardHistory(({'phase': 1, 'epoch': 1, 'loss': .5, 'val_loss': .25},))]
+            RewardHistory(({'phase': 1, 'epoch': 1, 'loss': .5, 'val_loss': .25},)), *watched()]
+
+def watched():
+    "What monitoring writes."
+    from stateset_nb import Alert, AlertRule, MetricStats
+    return [MetricStats(9, 1, .5, .1, .25, .75, .5, .7, .74), Alert('kl_spike', 'kl{model=a}', 'error', 'firing', 2.5, 1., 'kl is 2.5 (above 1)', 'Lower learning_rate.', 1767225600., 7),
+            AlertRule('slow', 'latency', .5, 'rising', 'error', 2., 10., .4, 'points', 8, 'Look at the queue.', True)]
 
 if __name__ == '__main__':
     for x in examples():
