@@ -261,6 +261,7 @@ class _Courier:
 
     def close(self, timeout: float) -> bool:
         "Bring what is left and end; False when the listener hangs, which is then left behind."
+        if self.closing: return self.idle       # it was waited for before
         self.closing, self.capacity = True, 0   # what comes now is counted as dropped
         self.wake.set()
         if self.thread is not None: self.thread.join(timeout)

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 import promql_parser, pytest, yaml
 from conftest import ROOT
 from stateset_nb.core import BackendError
-from stateset_nb.monitoring import DETECTORS, METRICS, AdvancedDashboard, AlertManager, MetricsFile
+from stateset_nb.monitoring import METRICS, AdvancedDashboard, AlertManager
 
 PLACE = ROOT/'deployment'/'monitoring'
 WHY = '`make system` installs it on Debian and Ubuntu'
