@@ -40,16 +40,18 @@ check: $(ready) ## seconds: modules and notebooks agree, ruff, mypy
 check-outputs: $(ready) ## minutes: run every notebook and compare with the outputs it stores
 	@python tools/nbrun.py --check nbs
 
-bench: $(ready) ## the figures of the demo, of the engine beside TRL and of learnt rewards, short
+bench: $(ready) ## the figures of the demo, of the engine beside TRL, of learnt rewards and of monitoring, short
 	@python benchmarks/support_desk.py --quick
 	@python benchmarks/engine.py --quick
 	@python benchmarks/reward.py --quick
+	@python benchmarks/monitoring.py --quick
 
-bench-full: $(ready) ## every seed and rival of the demo, every case of the engine, credit over turns, learnt rewards on real labels (long)
+bench-full: $(ready) ## every seed and rival of the demo, every case of the engine, credit over turns, learnt rewards on real labels, monitoring (long)
 	@python benchmarks/support_desk.py
 	@python benchmarks/engine.py
 	@python benchmarks/credit.py
 	@python benchmarks/reward.py
+	@python benchmarks/monitoring.py
 
 system:         ## Debian and Ubuntu: install what the tests drive: browser, PostgreSQL, Prometheus, Alertmanager
 	@tools/system.sh

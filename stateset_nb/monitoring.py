@@ -420,6 +420,13 @@ class AlertManager(_Rules):
         return sorted(now, key=lambda a: -SEVERITIES.index(a.severity))
 
 # %% ../nbs/40_monitoring.ipynb #70a06420
+def _is_public(address: str) -> bool:
+    "Whether an address is of the internet, and of no network of one's own."
+    ip = ipaddress.ip_address(address.split('%')[0])
+    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None: ip = ip.ipv4_mapped
+    return ip.is_global and not ip.is_multicast
+
+# %% ../nbs/40_monitoring.ipynb #90ce20ac
 class SlackWebhook:
     "Sends alerts to a Slack-compatible webhook."
     def __init__(
@@ -444,7 +451,7 @@ class SlackWebhook:
         c = http.client.HTTPConnection(self._host, port, timeout=self.timeout)
         try:
             c.sock = socket.create_connection((self._host, port), self.timeout)
-            if not self._trusted and not ipaddress.ip_address(c.sock.getpeername()[0].split('%')[0]).is_global:
+            if not self._trusted and not _is_public(c.sock.getpeername()[0]):
                 raise BackendError(f'the webhook of {self._host} leads to a private address — expected one of the internet — name the host in allow=[...] where that is meant')
             if self._at.scheme == 'https': c.sock = ssl.create_default_context().wrap_socket(c.sock, server_hostname=self._host)
             path = (self._at.path or '/') + (f'?{self._at.query}' if self._at.query else '')
@@ -902,6 +909,12 @@ class _Series:
         self.episode: int | None = None
         self.place: _Series | None = None   # where the number of its newest episode stands
 
+def _count_episode(at: _Series, episode: int) -> None:
+    "Count an episode that was not seen before; `at` keeps its number, and its `place` how many there were."
+    if at.last == episode or at.place is None: return
+    at.append(float(episode)); at.last = episode
+    at.place.total += 1.; at.place.last = at.place.total
+
 def _labelled(name: str, labels: dict[str, str]) -> str:
     "A metric with its labels, as it is written down."
     return name + ('{' + ', '.join(f'{k}={v}' for k, v in labels.items()) + '}' if labels else '')
@@ -931,7 +944,7 @@ def metric_families(
     for s in series:
         for kind, name, labels, value in _samples(s, window):
             base = s.info.name.removesuffix('_total') if kind != 'gauge' else name
-            owner, family = made.setdefault(base, (s.info.key, kind_of(base, s.info.help or s.name, kind)))
+            owner, family = made.setdefault(base, (s.info.key, kind_of(base, (s.info.help or s.name) + (', highest of the last 100' if name.endswith('_max') and s.info.peak else ''), kind)))
             line = (name, *sorted(labels.items()))
             if owner != s.info.key or line in there: continue
             there.add(line)
@@ -1000,7 +1013,7 @@ class _Board:
         value = float(value)
         s.append(value); s.last = value; s.count += 1
         if value - value == 0.: s.total += value
-        if episode is not None: s.episode = episode; self._episode(s.place or self._place(s, labels), episode)
+        if episode is not None: s.episode = episode; _count_episode(s.place or self._place(s, labels), episode)
         if name in self._watched: self.alerts.observe(name, value, step, s.key)
         if self._out:
             point = (s.key, value, time.time(), step)
@@ -1032,11 +1045,7 @@ class _Board:
         if s is not None: s.place = at
         return at
 
-    def _episode(self, at: _Series, episode: int) -> None:
-        "Count an episode that was not seen before."
-        if at.last == episode or at.place is None: return
-        at.append(float(episode)); at.last = episode
-        at.place.total += 1.; at.place.last = at.place.total
+
 
 # %% ../nbs/40_monitoring.ipynb #b7c8f52b
 def _own_series(board: _Board) -> Iterator[_Series]:
@@ -1204,7 +1213,7 @@ class _Training(_Running):
         for k, v in now.items():
             if k not in self._series: self._open(k, k, {}, training=True)
             self.log_metric(k, v, step)
-        self._episode(self._place(None, {}), step)
+        _count_episode(self._place(None, {}), step)
         for k, v in self.pack.observe(now).items(): self.alerts.observe(f'detector/{k}', v, step)
         for c in self._out: c.wake.set()
 

@@ -9,7 +9,7 @@ from stateset_nb.agents import Agent, AgentConfig, PolicyBackend
 from stateset_nb.core import BackendError, ConfigError, Conversation, DataError, Message, MissingDependency, Scenario
 from stateset_nb.environments import ConversationEnvironment
 from stateset_nb.monitoring import (DETECTORS, LABELS, Alert, AlertManager, AlertRule, AdvancedDashboard, MetricAggregator, MetricsFile, Point, SlackWebhook, SystemMetrics, TrackerProcess,
-                                    create_production_dashboard, metric_info, read_metrics)
+                                    _is_public, create_production_dashboard, metric_info, read_metrics)
 from stateset_nb.policy import TinyConfig, tiny_policy
 from stateset_nb.rewards import reward_function
 from stateset_nb.trainers import SingleTurnGRPOTrainer, TrainingConfig, TrainingRun
@@ -320,6 +320,10 @@ def test_a_name_that_leads_inside_is_refused(chat, monkeypatch):
     with pytest.raises(BackendError, match='private address'): SlackWebhook('https://hooks.example.com/SECRET')(Alert('r', 'x', 'info', 'firing', 1., 0., 'm'))
     assert not came
 
+@pytest.mark.parametrize('address, public', [('8.8.8.8', True), ('2001:4860:4860::8888', True), *((a, False) for a in ('127.0.0.1', '10.1.2.3', '172.16.0.1', '192.168.1.1', '169.254.169.254', '0.0.0.0', '224.0.0.1', '100.64.0.1',
+                                                                                                                       '::1', 'fe80::1%eth0', 'fd00::1', '::ffff:10.0.0.1', '::'))])
+def test_addresses_of_ones_own_network(address, public): assert _is_public(address) is public
+
 # ---- trackers, each in its process
 
 def tracked(kind, folder, kill_at=None, name='night-7'):
@@ -484,3 +488,11 @@ def test_every_key_of_trl_is_kept_and_the_training_is_the_same(trl, clerk, tmp_p
     missing = [k for k in keys if f'\n{metric_info(k, True).name}' not in text]
     assert not missing and 'grpo_kl_divergence ' in text and 'grpo_train_reward ' in text
     d.stop_monitoring(.1); hung.gate.set()
+
+# ---- what the benchmark found
+
+def test_the_detectors_are_those_that_were_measured():
+    doc = json.loads((ROOT/'benchmarks'/'results'/'monitoring.json').read_text())
+    assert {r['detector']: r['limit'] for r in doc['test']['rows']} == {d.name: d.limit for d in DETECTORS} and not set(doc['seeds']['train']) & set(doc['seeds']['test'])
+    assert sum(r['seen'] for r in doc['test']['rows']) >= .95*sum(r['runs'] for r in doc['test']['rows'])
+    assert len(doc['test']['false_pages']) <= doc['test']['healthy_rounds']/1000
