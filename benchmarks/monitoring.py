@@ -6,7 +6,8 @@
 
 **Detectors.** A small policy that clones replies of one to six words is trained by `SingleTurnGRPOTrainer` on six questions; in round 22 something is broken, in the run itself and not in its
 numbers (the one exception is said in the table: our trainers stop at a NaN by themselves, so it is written into the metrics, as TRL logs it). A fault is seen when its detector fires within 20
-rounds. Every alert in a healthy run, and every one before round 22, is a false page. The limits in `DETECTORS` were set on the even seeds: between the strongest signal of healthy runs and the weakest of the fault.
+rounds. Every alert in a healthy run, and every one before round 22, is a false page. The limits in `DETECTORS` were set on the even seeds: at the geometric mean of the strongest
+signal of healthy runs and the weakest of the fault, rounded (half of the weakest where healthy runs give none); those that say yes or no, and the share of groups that agree, keep limits of their meaning.
 Reported is what they do on the odd seeds.
 
 **Cost.** Process CPU time, the best of several repeats; single calls of `log_metric` by the wall clock, since a page that waits is what hurts.
@@ -159,7 +160,7 @@ def judge(records, detectors=DETECTORS) -> dict:
         calm = max((held(strengths(r['log'])[d.name], d.for_rounds) for r, _ in healthy), default=math.nan)
         weak = min((held(strengths(r['log'])[d.name][BREAK:], d.for_rounds) for r, _ in faulty if r['fault'] == d.name), default=math.nan)
         rows.append({'detector': d.name, 'limit': d.limit, 'runs': len(mine), 'seen': len(after), 'rounds': float(np.median(after)) if after else None, 'false': sum(p[3] == d.name for p in pages),
-                     'strongest healthy': calm, 'weakest faulty': weak})
+                     'strongest healthy': calm, 'weakest faulty': weak, 'between': math.sqrt(calm * weak) if calm > 0 else weak / 2})
     return {'healthy_rounds': rounds, 'false_pages': pages, 'rows': rows}
 
 # ---- cost
@@ -239,7 +240,7 @@ def markdown(doc) -> str:
                   '| detector | what is broken | limit | seen | median rounds | false pages | strongest healthy signal | weakest of the fault | on the seeds of the limits |', '| --- | --- | --- | --- | --- | --- | --- | --- | --- |']
         for r, o in zip(t['rows'], doc['train']['rows']):
             lines.append(f'| {r["detector"]} | {FAULTS[r["detector"]][0]} | {r["limit"]:g} | {r["seen"]} of {r["runs"]} | {r["rounds"] if r["rounds"] is not None else "-"} | {r["false"]} | {r["strongest healthy"]:.2f} | {r["weakest faulty"]:.2f} | '
-                         f'{o["seen"]} of {o["runs"]}, {o["false"]} false, {o["strongest healthy"]:.2f} / {o["weakest faulty"]:.2f} |')
+                         f'{o["strongest healthy"]:.2f} / {o["weakest faulty"]:.2f}, between {o["between"]:.2g} |')
         lines += ['', *(f'False page: {p[0]}, seed {p[1]}, round {p[2]}, {p[3]}.' for p in t['false_pages'])]
     if 'cost' in doc:
         lines += ['', '## Cost', '', ' '.join(__doc__.split('**Cost.**')[1].split()), '', '| what | measured | goal | met |', '| --- | --- | --- | --- |']

@@ -499,18 +499,20 @@ def _grown(name: str, n: int = 3) -> Signal:
         return None if t is None or name not in now or not (start := t.start) else t.mean(n) / start
     return signal
 
-def _shrunk(name: str, n: int = 3) -> Signal:
-    "How many times smaller than its beginning a metric is."
-    def signal(seen: _Tracks, now: dict[str, float]) -> float | None:
-        t = seen.get(name)
-        return None if t is None or name not in now or t.start is None else t.start / max(t.mean(n), 1e-6)
-    return signal
-
 def _risen(name: str, n: int = 3) -> Signal:
     "How far a metric lies above its beginning."
     def signal(seen: _Tracks, now: dict[str, float]) -> float | None:
         t = seen.get(name)
         return None if t is None or name not in now or t.start is None else t.mean(n) - t.start
+    return signal
+
+# %% ../nbs/40_monitoring.ipynb #eff39d9c
+def _collapsed(name: str) -> Signal:
+    "How many times smaller a metric is than five to twenty rounds ago, or a fifth of how many times smaller than at the beginning."
+    def signal(seen: _Tracks, now: dict[str, float]) -> float | None:
+        t = seen.get(name)
+        if t is None or name not in now or (start := t.start) is None: return None
+        return max(float(np.median(list(t.recent)[-20:-5])), start / 5) / max(t.mean(3), 1e-6)
     return signal
 
 # %% ../nbs/40_monitoring.ipynb #1013f1f2
@@ -584,15 +586,15 @@ class Detector:
 # %% ../nbs/40_monitoring.ipynb #6b636fce
 DETECTORS = (
     Detector('not_finite', _not_finite, .5, 'Go back to the last checkpoint; lower learning_rate or max_grad_norm; look for a reward that divides by zero.', 'critical', pauses=True),
-    Detector('entropy_collapse', _shrunk('entropy'), 5., 'The policy says one thing only: lower learning_rate, raise temperature, entropy_coef or epsilon_high.', for_rounds=2),
-    Detector('kl_spike', _spike('kl', .5), 12., 'The policy jumped away from its reference: lower learning_rate, raise beta, or go back to the last checkpoint.'),
+    Detector('entropy_collapse', _collapsed('entropy'), 1.7, 'The policy says one thing only: lower learning_rate, raise temperature, entropy_coef or epsilon_high.', for_rounds=2),
+    Detector('kl_spike', _spike('kl', .5), 29., 'The policy jumped away from its reference: lower learning_rate, raise beta, or go back to the last checkpoint.'),
     Detector('reward_variance_gone', _variance_gone, .9, 'Groups agree, so nothing is learnt: take scenarios of other difficulty, more num_generations, a finer reward, or filter_groups.', 'warning', 2),
     Detector('advantages_zero', _no_gradient, .5, 'No weight moves: every advantage is zero. Look whether the reward still tells answers apart.', for_rounds=2),
-    Detector('gradient_spike', _spike('grad_norm', .5), 12., 'One round pulled much harder than those before: look at its episodes and rewards; lower max_grad_norm.', 'warning'),
-    Detector('reward_drift', _declined('reward'), 8., 'The reward sinks from its best stretch: go back to that checkpoint; look whether data, tools or the judge changed.', for_rounds=2),
-    Detector('length_blowup', _grown('completions/mean_length'), 2., 'Answers grow without end: look whether the reward pays for length; set soft_punish_cache.', for_rounds=2),
-    Detector('truncation', _risen('completions/clipped_ratio'), .4, 'Many answers are cut: raise max_completion_length or max_turns, or look why the agent does not end.', for_rounds=2),
-    Detector('reward_hacking', _hacked, .15, 'The reward rises while held-out success falls: it pays for something else. Read the best-paid episodes, mend the reward, go back to the best checkpoint.'),
+    Detector('gradient_spike', _spike('grad_norm', .5), 14., 'One round pulled much harder than those before: look at its episodes and rewards; lower max_grad_norm.', 'warning'),
+    Detector('reward_drift', _declined('reward'), 7.5, 'The reward sinks from its best stretch: go back to that checkpoint; look whether data, tools or the judge changed.', for_rounds=2),
+    Detector('length_blowup', _grown('completions/mean_length'), 2.2, 'Answers grow without end: look whether the reward pays for length; set soft_punish_cache.', for_rounds=2),
+    Detector('truncation', _risen('completions/clipped_ratio'), .24, 'Many answers are cut: raise max_completion_length or max_turns, or look why the agent does not end.', for_rounds=2),
+    Detector('reward_hacking', _hacked, .086, 'The reward rises while held-out success falls: it pays for something else. Read the best-paid episodes, mend the reward, go back to the best checkpoint.'),
 )
 
 # %% ../nbs/40_monitoring.ipynb #f948a8d5
