@@ -7,7 +7,8 @@
 **Detectors.** A small policy that clones replies of one to six words is trained by `SingleTurnGRPOTrainer` on six questions; in round 22 something is broken, in the run itself and not in its
 numbers (the one exception is said in the table: our trainers stop at a NaN by themselves, so it is written into the metrics, as TRL logs it). A fault is seen when its detector fires within 20
 rounds. Every alert in a healthy run, and every one before round 22, is a false page. The limits in `DETECTORS` were set on the even seeds: at the geometric mean of the strongest
-signal of healthy runs and the weakest of the fault, rounded (half of the weakest where healthy runs give none); those that say yes or no, and the share of groups that agree, keep limits of their meaning.
+signal of healthy runs and the weakest of the fault, rounded (half of the weakest where healthy runs give none); those that say yes or no, and the share of groups that agree, keep limits of
+their meaning, and that of entropy is set higher, since a small policy that learns fast halves it in good health.
 Reported is what they do on the odd seeds.
 
 **Cost.** Process CPU time, the best of several repeats; single calls of `log_metric` by the wall clock, since a page that waits is what hurts.

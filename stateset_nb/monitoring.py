@@ -591,7 +591,7 @@ class Detector:
 # %% ../nbs/40_monitoring.ipynb #6b636fce
 DETECTORS = (
     Detector('not_finite', _not_finite, .5, 'Go back to the last checkpoint; lower learning_rate or max_grad_norm; look for a reward that divides by zero.', 'critical', pauses=True),
-    Detector('entropy_collapse', _collapsed, 1.6, 'The policy says one thing only: lower learning_rate, raise temperature, entropy_coef or epsilon_high.', for_rounds=2),
+    Detector('entropy_collapse', _collapsed, 2., 'The policy says one thing only: lower learning_rate, raise temperature, entropy_coef or epsilon_high.', for_rounds=2),
     Detector('kl_spike', _spike('kl', .5), 29., 'The policy jumped away from its reference: lower learning_rate, raise beta, or go back to the last checkpoint.'),
     Detector('reward_variance_gone', _variance_gone, .9, 'Groups agree, so nothing is learnt: take scenarios of other difficulty, more num_generations, a finer reward, or filter_groups.', 'warning', 2),
     Detector('advantages_zero', _no_gradient, .5, 'No weight moves: every advantage is zero. Look whether the reward still tells answers apart.', for_rounds=2),
