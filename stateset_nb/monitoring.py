@@ -507,18 +507,13 @@ def _risen(name: str, n: int = 3) -> Signal:
     return signal
 
 # %% ../nbs/40_monitoring.ipynb #eff39d9c
-def _gains(t: _Track) -> bool:
-    "Whether the last five values lie above those of five to twenty rounds ago, by twice the error of such a mean."
-    v = np.array(t.recent)[-20:]
-    noise = 1.4826 * float(np.median(np.abs(np.diff(v)))) / math.sqrt(2)
-    return float(v[-5:].mean() - np.median(v[:-5])) > 2 * noise / math.sqrt(5)
-
-def _collapsed(seen: _Tracks, now: dict[str, float]) -> float | None:
-    "How many times smaller entropy is than five to twenty rounds ago, or a fifth of how many times smaller than at the beginning."
-    t, reward = seen.get('entropy'), seen.get('reward')
-    if t is None or 'entropy' not in now or t.total < 10 or (start := t.start) is None: return None
-    before = min(float(np.median(list(t.recent)[-20:-5])), start)
-    return max(0. if reward is not None and reward.total >= 10 and _gains(reward) else before, start / 5) / max(t.mean(3), 1e-6)
+def _collapsed(name: str) -> Signal:
+    "How many times smaller a metric is than five to twenty rounds ago, or a fifth of how many times smaller than at the beginning."
+    def signal(seen: _Tracks, now: dict[str, float]) -> float | None:
+        t = seen.get(name)
+        if t is None or name not in now or (start := t.start) is None: return None
+        return max(min(float(np.median(list(t.recent)[-20:-5])), start), start / 5) / max(t.mean(3), 1e-6)
+    return signal
 
 # %% ../nbs/40_monitoring.ipynb #1013f1f2
 def _spike(name: str, floor: float) -> Signal:
@@ -591,7 +586,7 @@ class Detector:
 # %% ../nbs/40_monitoring.ipynb #6b636fce
 DETECTORS = (
     Detector('not_finite', _not_finite, .5, 'Go back to the last checkpoint; lower learning_rate or max_grad_norm; look for a reward that divides by zero.', 'critical', pauses=True),
-    Detector('entropy_collapse', _collapsed, 2., 'The policy says one thing only: lower learning_rate, raise temperature, entropy_coef or epsilon_high.', for_rounds=2),
+    Detector('entropy_collapse', _collapsed('entropy'), 2., 'The policy says one thing only: lower learning_rate, raise temperature, entropy_coef or epsilon_high.', for_rounds=2),
     Detector('kl_spike', _spike('kl', .5), 29., 'The policy jumped away from its reference: lower learning_rate, raise beta, or go back to the last checkpoint.'),
     Detector('reward_variance_gone', _variance_gone, .9, 'Groups agree, so nothing is learnt: take scenarios of other difficulty, more num_generations, a finer reward, or filter_groups.', 'warning', 2),
     Detector('advantages_zero', _no_gradient, .5, 'No weight moves: every advantage is zero. Look whether the reward still tells answers apart.', for_rounds=2),
