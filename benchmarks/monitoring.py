@@ -218,7 +218,7 @@ def cost(n, repeats) -> list[dict]:
     t = time.process_time()
     for e in range(n): dash.log_metric('train.loss', .5, episode=e, model='clerk')
     each = (time.process_time() - t) / n
-    for i in range(12_000): dash.log_metric('api.latency_seconds', .2, model='clerk')
+    for _ in range(12_000): dash.log_metric('api.latency_seconds', .2, model='clerk')
     rows += [{'what': 'log_metric with episode and model, us', 'value': 1e6 * each, 'goal': '-'}, {'what': f'/metrics after {n:,} episodes, KB', 'value': len(dash.metrics_text()) / 1024, 'goal': '<= 64'},
              {'what': f'/metrics after {n:,} episodes, ms', 'value': 1000 * best(dash.metrics_text, repeats), 'goal': '<= 10'}]
     return rows
