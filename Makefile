@@ -40,19 +40,21 @@ check: $(ready) ## seconds: modules and notebooks agree, ruff, mypy
 check-outputs: $(ready) ## minutes: run every notebook and compare with the outputs it stores
 	@python tools/nbrun.py --check nbs
 
-bench: $(ready) ## the figures of the demo, of the engine beside TRL, of learnt rewards and of the store, short
+bench: $(ready) ## the figures of the demo, of the engine beside TRL, of learnt rewards, the store and monitoring, short
 	@python benchmarks/support_desk.py --quick
 	@python benchmarks/engine.py --quick
 	@python benchmarks/reward.py --quick
 	@python benchmarks/store.py --quick
+	@python benchmarks/monitoring.py --quick
 
-bench-full: $(ready) ## every seed and rival of the demo, every case of the engine, credit over turns, learnt rewards on real labels, the store at size (long)
+bench-full: $(ready) ## every seed and rival of the demo, every case of the engine, credit over turns, learnt rewards on real labels, store, labelling, monitoring (long)
 	@python benchmarks/support_desk.py
 	@python benchmarks/engine.py
 	@python benchmarks/credit.py
 	@python benchmarks/reward.py
 	@python benchmarks/labelling.py
 	@python benchmarks/store.py
+	@python benchmarks/monitoring.py
 
-system:         ## Debian and Ubuntu: install the browser and the PostgreSQL server that the tests drive
+system:         ## Debian and Ubuntu: install what the tests drive: browser, PostgreSQL, Prometheus, Alertmanager
 	@tools/system.sh

@@ -207,7 +207,13 @@ def examples():
             Rubric((Criterion('right', 'Is it true?', ((1, 'false'), (4, 'true')), 2.),), 1, 4, 'The record decides.'), JudgeAgreement('pairs', 40, {'kappa': Interval(.5, .4, .6, 40)}, {'length': 'all as long'}),
             RewardHistory(({'phase': 1, 'epoch': 1, 'loss': .5, 'val_loss': .25},)), chosen, ExportReport('sft.jsonl', 'trl', 12, 'ab12', chosen),
             IngestReport(9, 3, 2, 1, 1, 2, (Refusal('log.jsonl line 4', 'no messages'),), {'NAME': 3}),
-            LabelEvent('key-1', 'ann', 'label', 'e1⟷e2', Label(None, 'right', (1, 0), {'speed': 4}, 'Says when.', 'It comes on Monday.', ('track_parcel',)), 1770000000.5, 7.25)]
+            LabelEvent('key-1', 'ann', 'label', 'e1⟷e2', Label(None, 'right', (1, 0), {'speed': 4}, 'Says when.', 'It comes on Monday.', ('track_parcel',)), 1770000000.5, 7.25), *watched()]
+
+def watched():
+    "What monitoring writes."
+    from stateset_nb import Alert, AlertRule, MetricStats
+    return [MetricStats(9, 1, .5, .1, .25, .75, .5, .7, .74), Alert('kl_spike', 'kl{model=a}', 'error', 'firing', 2.5, 1., 'kl is 2.5 (above 1)', 'Lower learning_rate.', 1767225600., 7),
+            AlertRule('slow', 'latency', .5, 'rising', 'error', 2., 10., .4, 'points', 8, 'Look at the queue.', True)]
 
 if __name__ == '__main__':
     for x in examples():
