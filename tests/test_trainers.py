@@ -603,7 +603,7 @@ def test_a_steered_run_can_be_played_again(start):
     c, log, again = replace(BASE, num_episodes=4), Log(), Log()
     t = trainer_of(start, c, callbacks=[log])
     async def steered():
-        async for m in t.steps():
+        async for _ in t.steps():
             if t.step == 2: t.run.set_knob('temperature', .7); t.run.set_knob('learning_rate', 9e-3)
     soon(steered())
     assert t.run.turned == [(2, 'temperature', .7), (2, 'learning_rate', 9e-3)]
