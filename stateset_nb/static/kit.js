@@ -47,7 +47,7 @@ class Chart {
       ctx.restore();
     };
     this.options = { height, legend: { show: false }, cursor: { sync: { key: group }, points: { size: 5 }, drag: { x: true, y: false } }, scales: { x: { time: false } }, padding: [6, 6, 0, 0],
-      axes: [{ ...axis(22), space: 60 }, { ...axis(44), space: 26, values: (u, v) => v.map(short) }],
+      axes: [{ ...axis(22), space: 42 }, { ...axis(44), space: 26, values: (u, v) => v.map(short) }],
       bands: bands.map(b => ({ series: [b[0] + 1, b[1] + 1], fill: lines[b[0]].colour + "2e" })),
       series: [{}, ...lines.map(l => ({ stroke: l.hidden ? "transparent" : l.colour, width: l.hidden ? 0 : 1.6, dash: l.dash, spanGaps: true, points: { show: !!l.dots, size: 5, fill: l.colour } }))],
       hooks: { draw: [draw], setCursor: [u => this.say(u.cursor.idx)] } };
@@ -65,7 +65,7 @@ class Chart {
   say(at) {                                          // the values under the cursor, or the newest
     if (!this.data) return;
     const value = c => at != null ? c[at] : c.findLast(v => v != null), x = at != null ? this.data[0][at] : null;
-    this.shown.replaceChildren(...this.lines.flatMap((l, i) => l.hidden ? [] : [h("span", { style: `color:${l.colour}` }, short(value(this.data[i + 1]))), " "]), x != null ? `at ${short(x)}` : "");
+    this.shown.replaceChildren(...this.lines.flatMap((l, i) => l.hidden ? [] : [h("span", { style: `color:${l.colour}` }, (l.dots ? `${l.label.split("/")[0]} ` : "") + short(value(this.data[i + 1]))), " "]), x != null ? `at ${short(x)}` : "");
   }
   redraw() { if (this.plot) this.plot.redraw(false); }
   destroy() { this.watch.disconnect(); if (this.plot) this.plot.destroy(); this.box.remove(); }
