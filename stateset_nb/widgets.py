@@ -421,6 +421,8 @@ COLOURS = ('#3178c6', '#d9822b', '#2e9e5b', '#9063cd', '#c0504d', '#5f8a8b')  # 
 def _svg_text(x: float, y: float, text: str, anchor: str = 'end', size: int = 9) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="currentColor">{html.escape(text)}</text>'
 
+def _short(v: float) -> str: return f'{v:.3g}' if v == 0 or 1e-3 <= abs(v) < 1e5 else f'{v:.1e}'.replace('e-0', 'e-').replace('e+0', 'e')
+
 def _svg_path(points: Sequence[tuple[float, float]]) -> str: return ' '.join(f'{x:.1f},{y:.1f}' for x, y in points)
 
 def svg_curves(
@@ -441,7 +443,7 @@ def svg_curves(
     drawn += [f'<line x1="{p:.1f}" x2="{p:.1f}" y1="20" y2="{h - 18}" stroke="{c}" stroke-dasharray="3 3"/>' for m, c in marks if x0 <= m <= x1 for p, _ in at(np.array([m]), np.array([y0]))]
     drawn += [f'<polyline points="{_svg_path(at(x, y))}" fill="none" stroke="{c}" stroke-width="1.4"' + (' stroke-dasharray="3 3"' if d else '') + '/>' if len(x) > 1 else
               ''.join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.5" fill="{c}"/>' for a, b in at(x, y)) for x, y, c, d in curves]
-    drawn += [_svg_text(42, 12, f'{title}  {unit}'.strip(), 'start', 11), _svg_text(39, 24, f'{y1:.3g}'), _svg_text(39, h - 16, f'{y0:.3g}'), _svg_text(42, h - 4, f'{x0:g}', 'start'), _svg_text(w - 8, h - 4, f'{x1:g}')]
+    drawn += [_svg_text(42, 12, f'{title} · {unit}' if unit else title, 'start', 11), _svg_text(39, 24, _short(y1)), _svg_text(39, h - 16, _short(y0)), _svg_text(42, h - 4, f'{x0:g}', 'start'), _svg_text(w - 8, h - 4, f'{x1:g}')]
     about = f'{title}: from {curves[0][1][0]:.3g} to {curves[0][1][-1]:.3g} in rounds {x0:g} to {x1:g}'
     return f'<svg viewBox="0 0 {w} {h}" width="{w}" height="{h}" role="img" aria-label="{html.escape(about)}" style="color:inherit">{"".join(drawn)}</svg>'
 
@@ -491,8 +493,8 @@ def _knob_views(run: TrainingRun, first: dict[str, float], now: dict[str, float]
 # %% ../nbs/50_widgets.ipynb #0d685c54
 class _Worker:
     "Runs a training in a thread."
-    def __init__(self, run: TrainingRun, fit: Callable[[], Any] | None, history: RunHistory, over: Callable[[], None]) -> None:
-        self.run, self.fit, self.history, self.over = run, fit, history, over
+    def __init__(self, run: TrainingRun, fit: Callable[[], Any] | None, history: RunHistory) -> None:
+        self.run, self.fit, self.history = run, fit, history
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
 
@@ -513,7 +515,6 @@ class _Worker:
             if self.run.state in ('running', 'paused'): self.run.stop(str(e))
             self.history.fail(e)
         self.history.on_run('ended', {})
-        self.over()
 
 # %% ../nbs/50_widgets.ipynb #ba5a0e98
 class _RunStream:
@@ -565,12 +566,13 @@ class TrainingWidget(LiveWidget):
         self.run, self.total, self.charts, self.first = run, total, charts, knobs or {}
         self.history, self.freeze_when_done = RunHistory(label), freeze_when_done
         self.histories = [self.history, *overlay]
-        self._stream, self._worker = _RunStream(self.histories, charts), _Worker(run, fit, self.history, self._over)
-        self.run.listeners.append(self.history.on_run)
+        self._stream, self._worker = _RunStream(self.histories, charts), _Worker(run, fit, self.history)
+        self.run.listeners.append(self._hear)
         for h in self.histories: h.listeners.append(self.touch)
 
-    def _over(self) -> None:
-        if self.freeze_when_done and self.run.state == 'done': self.freeze()
+    def _hear(self, event: str, details: dict[str, Any]) -> None:
+        self.history.on_run(event, details)
+        if event == 'done' and self.freeze_when_done: self.freeze()
 
     def start(self) -> None:
         "Train in a thread; after a stop, go on."

@@ -120,7 +120,7 @@ class Wire:
     def deltas(self): return [(m, b) for _, m, b in self.msgs if m['kind'] == 'delta']
     def table(self, run=0):
         "The rows a page would have of a run."
-        have = None
+        have, n = None, 0
         for m, bufs in self.deltas():
             for p, b in zip(m['parts'], bufs, strict=True):
                 if p['run'] != run: continue
@@ -283,7 +283,7 @@ def test_a_knob_is_turned_in_its_field_and_a_wrong_value_is_put_back(page):
     field = page.locator('input[name=learning_rate]')
     field.fill('-3'); field.press('Enter')
     page.wait_for_function("document.querySelector('.snb-note').textContent.includes('must be above 0')")
-    assert field.input_value() == '1.0e-4' and not w.run.pending
+    assert field.input_value() == '1e-4' and not w.run.pending
     field.fill('spx'); field.press('Tab')
     page.wait_for_function("document.querySelector('.snb-note').textContent.includes(\"'spx'\")")
     field.fill('2e-4'); field.press('Enter')
@@ -324,6 +324,14 @@ def test_a_gap_is_noticed_and_mended(page):
     for i in range(11, 21): w.history.on_log(i, {'reward': .1})
     host.flush()
     data(page, drawn=20)
+
+def test_a_kernel_that_is_busy_is_told_of(page):
+    PageHost(page, TrainingWidget(TrainingRun(), lambda: None))
+    data(page, waiting=0, state='ready')
+    page.evaluate('() => { const send = model.send; model.send = () => {}; window.again = () => { model.send = send } }')
+    page.locator('[data-act=start]').click()
+    page.wait_for_selector('.snb-late:visible')
+    assert 'busy' in page.locator('.snb-late').inner_text() and page.locator('.snb').get_attribute('data-waiting') == '1'
 
 def test_two_views_of_one_widget_and_one_that_goes(page):
     w = TrainingWidget(TrainingRun(), lambda: None)

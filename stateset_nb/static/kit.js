@@ -19,7 +19,7 @@ const icon = name => {
   return s;
 };
 const COLOURS = ["#3178c6", "#d9822b", "#2e9e5b", "#9063cd", "#c0504d", "#5f8a8b"];
-const short = x => x == null || !isFinite(x) ? "–" : x === 0 ? "0" : Math.abs(x) >= 1e5 || Math.abs(x) < 1e-3 ? x.toExponential(1).replace("e+", "e") : String(+x.toPrecision(3));
+const short = x => x == null || !isFinite(x) ? "–" : x === 0 ? "0" : Math.abs(x) >= 1e5 || Math.abs(x) < 1e-3 ? x.toExponential(1).replace("e+", "e").replace(".0e", "e") : String(+x.toPrecision(3));
 const clock = s => {
   if (!isFinite(s)) return "–";
   const t = Math.round(s), two = n => String(n).padStart(2, "0");
@@ -46,7 +46,7 @@ class Chart {
       }
       ctx.restore();
     };
-    this.options = { height, legend: { show: false }, cursor: { sync: { key: group }, points: { size: 5 }, drag: { x: true, y: false } }, scales: { x: { time: false } }, padding: [6, 6, 0, 0],
+    this.options = { height, legend: { show: false }, cursor: { sync: { key: group }, points: { size: 5 }, drag: { x: true, y: false } }, scales: { x: { time: false }, y: { range: (u, lo, hi) => lo == null ? [0, 1] : lo === hi ? [lo - (Math.abs(lo) || 1) / 2, hi + (Math.abs(hi) || 1) / 2] : uPlot.rangeNum(lo, hi, 0.1, true) } }, padding: [6, 6, 0, 0],
       axes: [{ ...axis(22), space: 42 }, { ...axis(44), space: 26, values: (u, v) => v.map(short) }],
       bands: bands.map(b => ({ series: [b[0] + 1, b[1] + 1], fill: lines[b[0]].colour + "2e" })),
       series: [{}, ...lines.map(l => ({ stroke: l.hidden ? "transparent" : l.colour, width: l.hidden ? 0 : 1.6, dash: l.dash, spanGaps: true, points: { show: !!l.dots, size: 5, fill: l.colour } }))],

@@ -39,7 +39,7 @@ function knobs(kit) {
     for (const [name, k] of Object.entries(v.knobs)) {
       const r = rows[name] ??= row(name, k);
       r.value = k.pending ?? k.value; r.wait.textContent = k.pending == null ? "" : "from the next round";
-      if (!r.fields.includes(document.activeElement) || k.pending == null && r.fields[0] === document.activeElement) r.show(r.value);
+      if (!r.fields.includes(document.activeElement)) r.show(r.value);
     }
   } };
 }
