@@ -96,6 +96,14 @@ class _Answers(ABC):
             return answer | {'ok': False, 'error': f'{type(e).__name__}: {e}'}
 
 # %% ../nbs/50_widgets.ipynb #a79e957b
+def _no_request() -> contextvars.Context:
+    "This context, without the request that is being served."
+    res = contextvars.copy_context()
+    for var in [*res]:
+        if var.name == 'shell_parent': res.run(var.set, {})
+    return res
+
+# %% ../nbs/50_widgets.ipynb #6d1b76ae
 class _Sender(_Answers):
     "Sends what changed to the page."
     static, rate = '', 10.  # its files, as in `front_files`; messages a second, at most
@@ -104,9 +112,8 @@ class _Sender(_Answers):
         super().__init__()
         self._sending, self._timing = threading.RLock(), threading.Lock()
         self._front: Any = None
-        self._context: contextvars.Context | None = None
         self._timer: threading.Timer | None = None
-        self._sent_at, self._fresh = -math.inf, True
+        self._sent_at, self._fresh, self._context = -math.inf, True, _no_request()
 
     @abstractmethod
     def view(self) -> dict[str, Any]:  # JSON values
@@ -119,8 +126,7 @@ class _Sender(_Answers):
         "What has come since the last time."
         return None
 
-    def _publish(self, f: Callable[..., Any], *args: Any, **kw: Any) -> Any:
-        return f(*args, **kw) if self._context is None else self._context.copy().run(f, *args, **kw)
+    def _publish(self, f: Callable[..., Any], *args: Any, **kw: Any) -> Any: return self._context.copy().run(f, *args, **kw)
 
     def touch(self) -> None:
         "Something changed: send it soon."
@@ -142,7 +148,7 @@ class _Sender(_Answers):
             self._publish(setattr, self._front, 'view', self.view())
 
     def _heard(self, front: Any, msg: dict[str, Any], buffers: Any) -> None:
-        self._context = contextvars.copy_context()
+        self._context = _no_request()
         if msg.get('kind') == 'sync': self._fresh = True
         answer = self.handle(msg) | {'thread': threading.current_thread().name}
         with self._sending: self._publish(front.send, answer)
@@ -171,7 +177,8 @@ class LiveWidget(_Sender):
     def front(self) -> Any:
         "The anywidget on the page, for `ipywidgets` boxes and marimo."
         if self._front is None:
-            self._fresh, self._front = True, _pipe_class(*self.files())(view=self.view())
+            self._fresh, self._context = True, _no_request()
+            self._front = self._publish(_pipe_class(*self.files()), view=self.view())
             self._front.on_msg(self._heard)
         return self._front
 

@@ -53,10 +53,10 @@ def book(lab, chromium, request):
     context.route('**/*', guard)
     page = context.new_page()
     page.name = f'{request.node.name}.ipynb'
-    def go(*cells):
+    def go(*cells, wait=True):
         lab.write(page.name, *cells)
         lab.open(page, page.name)
-        run_all(page)
+        run_all(page) if wait else page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
         return page
     yield go
     if SHOTS and page.url.startswith('http'): page.screenshot(path=Path(SHOTS)/f'{request.node.name}.png')
@@ -131,6 +131,15 @@ def test_stop_works_while_a_cell_blocks_the_kernel(book):
     press(page, 'stop'); data(page, 10, state='stopped')
     page.wait_for_function('window.__over', timeout=10_000)
     assert float(page.locator('.snb').get_attribute('data-rtt')) < 5000
+
+def test_run_all_shows_steers_and_stops_a_cell_that_blocks(book):
+    "The widget is shown by one cell and the next one trains: the page's first words come when the kernel is busy already."
+    page = book(SLOW, 'w', 'import threading; threading.Timer(60, run.stop).start(); fit()', wait=False)
+    data(page, 40, thread='subshell', drawn=10, state='running')
+    press(page, 'pause'); data(page, state='paused')
+    press(page, 'resume'); data(page, state='running')
+    press(page, 'stop'); data(page, 10, state='stopped')
+    assert page.locator('.snb-late').is_hidden()
 
 def test_done_leaves_the_record_by_itself(book, lab):
     page = book(SLOW, 'import functools; w._worker.fit = functools.partial(fit, 20); w')

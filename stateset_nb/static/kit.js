@@ -77,21 +77,23 @@ const widget = (name, label, build) => ({ render({ model, el }) {
   const off = new AbortController(), { signal } = off, me = Math.random().toString(36).slice(2, 8), waits = new Map();
   const note = h("div", { class: "snb-note", role: "status", hidden: true }), late = h("div", { class: "snb-late", hidden: true }, "The kernel is busy with a cell: this acts when it has time.");
   const root = h("div", { class: `snb snb-${name}`, tabindex: 0, role: "group", "aria-label": label, "data-widget": name, "data-lm-suppress-shortcuts": "true", "data-acks": 0, "data-waiting": 0 });
-  let n = 0, wait = null;
+  let n = 0, wait = null, synced = false;
   const tell = (text, bad = false) => { note.textContent = text; note.hidden = !text; note.classList.toggle("bad", bad); };
   const ask = (kind, more = {}) => new Promise(done => {
     const cid = `${me}-${++n}`;
-    waits.set(cid, { done, began: performance.now() }); root.dataset.waiting = waits.size;
+    waits.set(cid, { done, kind, began: performance.now() }); root.dataset.waiting = waits.size;
     wait ??= setTimeout(() => { late.hidden = false; }, 1500);
     model.send({ ...more, kind, cid });
   });
   const answered = m => {
     const w = waits.get(m.cid);
     if (!w) return;                                  // another view of this widget asked
-    waits.delete(m.cid);
+    const greeting = k => k === "hello" || k === "sync";
+    for (const [c, o] of waits) if (c === m.cid || greeting(m.of) && greeting(o.kind)) waits.delete(c);   // one greeting answered is enough: the first may lie behind a busy cell
     Object.assign(root.dataset, { rtt: (performance.now() - w.began).toFixed(1), thread: m.thread ?? "", acks: +root.dataset.acks + 1, waiting: waits.size });
     if (!waits.size) { clearTimeout(wait); wait = null; late.hidden = true; }
-    if (!m.ok) tell(m.error, true); else if (m.of !== "hello" && m.of !== "sync") tell("");
+    if (m.of === "sync") synced = true;
+    if (!m.ok) tell(m.error, true); else if (!greeting(m.of)) tell("");
     w.done(m);
   };
   const kit = { root, tell, ask, view: () => model.get("view"), busy: () => waits.size > 0 };
@@ -116,7 +118,7 @@ const widget = (name, label, build) => ({ render({ model, el }) {
   const themed = new MutationObserver(() => face.theme?.());
   themed.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "data-jp-theme-name", "class", "data-theme"] });
   changed(); ask("sync");
-  let tries = 0;                                     // until the kernel answers from a thread of its own for this widget
-  const hello = setInterval(() => { if (root.dataset.thread?.startsWith("subshell") || ++tries > 5) clearInterval(hello); else if (!waits.size) ask("hello"); }, 300);
+  let tries = 0;                                     // until the kernel answers from a thread of its own for this widget: the page's first words still go to the cells'
+  const hello = setInterval(() => { if (synced && root.dataset.thread.startsWith("subshell") || ++tries > (synced ? 5 : 15)) clearInterval(hello); else ask(synced ? "hello" : "sync"); }, 400);
   return () => { clearInterval(hello); clearTimeout(wait); off.abort(); themed.disconnect(); model.off("msg:custom", heard); model.off("change:view", changed); face.destroy?.(); root.remove(); };
 } });
