@@ -46,9 +46,9 @@ for i in range(POINTS):
 
 def seen(page, **want): page.wait_for_function("want => { const e = document.querySelector('.snb'); return e && Object.entries(want).every(([k, v]) => (e.dataset[k] ?? '').startsWith(v)) }", arg=want, timeout=60_000)
 
-def live_chart(page, seconds, repeats):
+def live_chart(page, points, seconds, repeats):
     "Shares of a core: with the widget on the page, and without."
-    page.wait_for_function("+document.querySelector('.snb')?.dataset.drawn > 1000", timeout=60_000)
+    page.wait_for_function("+document.querySelector('.snb')?.dataset.drawn >= POINTS".replace('POINTS', str(points)), timeout=60_000)
     return [{'with': float(ask(page, f'print(grow(w.history, {seconds}))')), 'without': float(ask(page, f'print(grow(bare.history, {seconds}))'))} for _ in range(repeats)]
 
 def stops(page, repeats):
@@ -74,7 +74,7 @@ def measure(a):
         page = b.new_page(viewport={'width': 1300, 'height': 1000})
         lab.write('bench.ipynb', SETUP.replace('POINTS', str(a.points)).replace('STEP', str(a.step)), 'w')
         lab.open(page, 'bench.ipynb'); run_all(page)
-        chart = live_chart(page, a.seconds, a.repeats)
+        chart = live_chart(page, a.points, a.seconds, a.repeats)
         stop = stops(page, a.stops)
         b.close()
     return {'schema': 1, 'points': a.points, 'updates_per_second': 10, 'chart': chart, 'kernel_share_of_core': statistics.median(c['with'] - c['without'] for c in chart), 'step_s': a.step, 'stop': stop,

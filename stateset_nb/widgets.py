@@ -538,7 +538,7 @@ class _RunStream:
             fresh = fresh or self.known[i][0] != h.revision
             i0, n = 0 if fresh else self.known[i][1], len(h.table.steps)
             rows, self.known[i] = h.table.since(i0, self.keys), (h.revision, n)
-        if fresh: rows = thin_out(rows, 4000)
+        if fresh: rows = thin_out(rows, 10_000)
         return {'run': i, 'i0': i0, 'n': n, 'keys': ['step', *self.keys], 'fresh': fresh}, rows.tobytes()
 
     def take(self, fresh: bool) -> tuple[dict[str, Any], list[bytes]]:
