@@ -324,6 +324,7 @@ def test_a_gap_is_noticed_and_mended(page):
     for i in range(11, 21): w.history.on_log(i, {'reward': .1})
     host.flush()
     data(page, drawn=20)
+    assert page.locator('.snb-time').inner_text().startswith('20 rounds')
 
 def test_a_kernel_that_is_busy_is_told_of(page):
     PageHost(page, TrainingWidget(TrainingRun(), lambda: None))
@@ -377,6 +378,8 @@ class Toy(LiveWidget):
         return kit + 'export default widget("toy", "Toy", kit => { const n = h("b"); kit.root.append(n); return { paint: v => { n.textContent = v.n }, keys: { a: () => kit.ask("add", {by: 2}) } } })', style
 
 def test_another_widget_takes_few_lines(page):
-    PageHost(page, Toy())
+    toy = Toy()
+    PageHost(page, toy)
     page.locator('.snb-toy').focus(); page.keyboard.press('a'); page.keyboard.press('a')
     page.wait_for_function("document.querySelector('.snb-toy b').textContent === '4'")
+    assert toy.n == 4
