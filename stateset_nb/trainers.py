@@ -988,10 +988,33 @@ def _judged(metrics: dict[str, float], step: int, c: TrainingConfig) -> float | 
     return v if (v := metrics.get(name)) is not None and math.isfinite(v) else None
 
 # %% ../nbs/32_trainers.ipynb #e5f61e8f
-class _Rounds(_Resumable):
+class _Between(_Resumable):
+    "What may be done between rounds."
+    run: TrainingRun; evaluate: Callable[[Agent], Awaitable[dict[str, float]]] | None
+
+    async def _ask(self, policy: Policy) -> dict[str, float]:
+        "What `evaluate` says; the first process asks for all."
+        if self.evaluate is None: return {}
+        with gathered(policy): found = await self.evaluate(self.agent) if self.processes.first else {}
+        return {f'eval/{k}': v for k, v in self.processes.gather(found)[0].items()}
+
+    def _keep(self, log: RunLog) -> None:
+        "A checkpoint of this round; old ones go."
+        path = self.save_checkpoint(log.folder / f'checkpoint-{self.step}')
+        if self.processes.first: log.prune(self.config.save_total_limit, best_checkpoint(log.folder) if self.config.metric_for_best_model else None)
+        self.run.tell('saved', step=self.step, path=str(path))
+
+    async def _serve(self, asked: Sequence[str], policy: Policy) -> None:
+        "Do what was asked for between two rounds."
+        if 'checkpoint' in asked and self.log is not None: self._keep(self.log)
+        if 'evaluate' in asked: self.run.tell('evaluated', step=self.step, metrics=await self._ask(policy))
+
+
+
+# %% ../nbs/32_trainers.ipynb #b9e269ec
+class _Rounds(_Between):
     "One round of a trainer: play, learn, evaluate, record."
-    environment: Environment; reward_fn: RewardFunction | None; scenarios: list[Scenario]; run: TrainingRun
-    evaluate: Callable[[Agent], Awaitable[dict[str, float]]] | None; callbacks: list[TrainerCallback]
+    environment: Environment; reward_fn: RewardFunction | None; scenarios: list[Scenario]; callbacks: list[TrainerCallback]
     sampler: Sampler | None; sync: Callable[[Policy], Awaitable[None]] | None
     single_turn = False
 
@@ -1051,12 +1074,6 @@ class _Rounds(_Resumable):
         if rows: self.settings = replace(c, micro_batch_tokens=min(self.processes.gather(fitting_tokens(policy, rows, c))), memory_limit=0.)
         return self.settings
 
-    async def _ask(self, policy: Policy) -> dict[str, float]:
-        "What `evaluate` says; the first process asks for all."
-        if self.evaluate is None: return {}
-        with gathered(policy): found = await self.evaluate(self.agent) if self.processes.first else {}
-        return {f'eval/{k}': v for k, v in self.processes.gather(found)[0].items()}
-
     @torch.no_grad()
     def _follow(self, policy: Policy) -> None:
         "Move the reference towards the policy (TR-DPO, arXiv 2404.09656, section 3)."
@@ -1076,16 +1093,7 @@ class _Rounds(_Resumable):
         if self.processes.first: self.log.write(self.step, metrics, groups)
         if self.step == self.config.num_episodes or (self.config.save_steps and self.step % self.config.save_steps == 0): self._keep(self.log)
 
-    def _keep(self, log: RunLog) -> None:
-        "A checkpoint of this round; old ones go."
-        path = self.save_checkpoint(log.folder / f'checkpoint-{self.step}')
-        if self.processes.first: log.prune(self.config.save_total_limit, best_checkpoint(log.folder) if self.config.metric_for_best_model else None)
-        self.run.tell('saved', step=self.step, path=str(path))
 
-    async def _serve(self, asked: Sequence[str], policy: Policy) -> None:
-        "Do what was asked for between two rounds."
-        if 'checkpoint' in asked and self.log is not None: self._keep(self.log)
-        if 'evaluate' in asked: self.run.tell('evaluated', step=self.step, metrics=await self._ask(policy))
 
 # %% ../nbs/32_trainers.ipynb #01698ece
 def _knob_rules(c: TrainingConfig) -> dict[str, _Rule]:
