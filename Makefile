@@ -40,13 +40,15 @@ check: $(ready) ## seconds: modules and notebooks agree, ruff, mypy
 check-outputs: $(ready) ## minutes: run every notebook and compare with the outputs it stores
 	@python tools/nbrun.py --check nbs
 
-bench: $(ready) ## the figures of the demo and of the engine beside TRL, short
+bench: $(ready) ## the figures of the demo, of the engine beside TRL and of the widget, short
 	@python benchmarks/support_desk.py --quick
 	@python benchmarks/engine.py --quick
+	@python benchmarks/widgets.py --quick
 
 bench-full: $(ready) ## every seed and rival of the demo, every case of the engine (long)
 	@python benchmarks/support_desk.py
 	@python benchmarks/engine.py
+	@python benchmarks/widgets.py
 
-system:         ## Debian and Ubuntu: install the browser that drives the site's tests
+system:         ## Debian and Ubuntu: install the browser that drives the tests of site and widgets
 	@tools/system.sh

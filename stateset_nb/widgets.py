@@ -481,8 +481,8 @@ def training_record(
     total: int = 0,                                # rounds planned; 0 when that is not known
 ) -> str:                                          # HTML without scripts
     "What stays of a training in a saved notebook."
-    main = histories[0]
-    face = f'<b>{html.escape(main.state)}</b> · {main.step}{f" / {total}" if total else ""} rounds · {main.clock.read():.1f} s'
+    main, seconds = histories[0], histories[0].clock.read()
+    face = f'<b>{html.escape(main.state)}</b> · {main.step}{f" / {total}" if total else ""} rounds{f" · {seconds:.1f} s" if seconds else ""}'
     events = ''.join(f'<li><small>#{e.step}</small> {html.escape(e.text)}</li>' for e in main.events if e.kind != 'state')
     said = ''
     if main.samples:
