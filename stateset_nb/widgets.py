@@ -160,6 +160,7 @@ class LiveWidget(_Sender):
     def __init__(self) -> None:
         super().__init__()
         self._shown: list[Any] = []
+        self.frozen = False  # whether the record stands in its place
 
     @abstractmethod
     def record(self) -> str:  # HTML in which everything is escaped, without scripts
@@ -185,7 +186,7 @@ class LiveWidget(_Sender):
     def show(self) -> None:
         "Put the widget into the output of this cell."
         from IPython.display import HTML, display
-        if os.environ.get('IN_TEST') or os.environ.get('STATESET_NB_STATIC'): display(HTML(self.record())); return
+        if self.frozen or os.environ.get('IN_TEST') or os.environ.get('STATESET_NB_STATIC'): display(HTML(self.record())); return
         bundle = self.front._repr_mimebundle_()
         data = bundle[0] if isinstance(bundle, tuple) else bundle
         self._shown.append(display(data | {'text/html': self.record(), 'text/plain': repr(self)}, raw=True, display_id=True))
@@ -193,11 +194,16 @@ class LiveWidget(_Sender):
     def _ipython_display_(self) -> None: self.show()
 
     def freeze(self) -> None:
-        "Put the static record in the place of the widget, and close it."
+        "Put the static record in the place of the widget, and wherever it is shown from now on."
         from IPython.display import HTML
+        self.frozen = True
         with self._sending:
             for h in self._shown: self._publish(h.update, HTML(self.record()))
             self._shown.clear()
+
+    def close(self) -> None:
+        "Take the widget off the page, and let it go."
+        with self._sending:
             if self._front is not None: self._publish(self._front.close)
             self._front = None
 
@@ -583,6 +589,7 @@ class TrainingWidget(LiveWidget):
 
     def start(self) -> None:
         "Train in a thread; after a stop, go on."
+        self.frozen = False
         self._worker.start()
 
     def wait(

@@ -144,7 +144,7 @@ def test_a_page_hears_every_row_at_most_ten_times_a_second():
     have = wire.table()
     assert have[0].tolist() == [*range(1, w.history.step + 1)] and np.allclose(have[1], np.tanh((have[0] - 1) / 50))
     assert [e['text'] for m, _ in wire.deltas() for e in m['events']][-1] == 'stopped', 'events are told once'
-    w.front.close()
+    w.close()
 
 def test_what_was_told_and_then_changed_is_told_again():
     w = TrainingWidget(TrainingRun(), overlay=[RunHistory('other')])
@@ -155,7 +155,7 @@ def test_what_was_told_and_then_changed_is_told_again():
     w.history.on_log(1, {'reward': .7}); w.push()
     assert wire.table()[:2].tolist() == [[1.], [.7]], 'a run that was taken up again at an earlier round'
     assert [e['text'] for e in wire.deltas()[-1][0]['events']] == ['eval/success 0.5'] and wire.deltas()[-1][0]['events_from'] == 0
-    w.front.close()
+    w.close()
 
 def test_a_long_history_is_thinned_for_a_new_page_and_keeps_its_spikes():
     w = TrainingWidget(TrainingRun())
@@ -198,7 +198,7 @@ def test_fields_of_a_message_are_checked():
     assert message_field({'b': True}, 'b', bool) is True
 
 def test_a_closed_widget_is_let_go():
-    w = widget(); w.front; w.freeze()
+    w = widget(); w.front; w.close()
     gone = weakref.ref(w); del w; gc.collect()
     assert gone() is None
 
