@@ -65,7 +65,7 @@ class Chart {
   say(at) {                                          // the values under the cursor, or the newest
     if (!this.data) return;
     const value = c => at != null ? c[at] : c.findLast(v => v != null), x = at != null ? this.data[0][at] : null;
-    this.shown.replaceChildren(...this.lines.flatMap((l, i) => l.hidden ? [] : [h("span", { style: `color:${l.colour}` }, (l.dots ? `${l.label.split("/")[0]} ` : "") + short(value(this.data[i + 1]))), " "]), x != null ? `at ${short(x)}` : "");
+    this.shown.replaceChildren(...this.lines.flatMap((l, i) => l.hidden || l.dots && value(this.data[i + 1]) == null ? [] : [h("span", { style: `color:${l.colour}` }, (l.dots ? `${l.label.split("/")[0]} ` : "") + short(value(this.data[i + 1]))), " "]), x != null ? `at ${short(x)}` : "");
   }
   redraw() { if (this.plot) this.plot.redraw(false); }
   destroy() { this.watch.disconnect(); if (this.plot) this.plot.destroy(); this.box.remove(); }
