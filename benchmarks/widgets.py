@@ -12,9 +12,9 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / 'tests'))
-from conftest import BROWSERS, QUIET
-from lab_host import Lab, ask, begin, run_all
-from stateset_nb.core import write_text
+from conftest import BROWSERS, QUIET  # noqa: E402
+from lab_host import Lab, ask, begin, run_all  # noqa: E402
+from stateset_nb.core import write_text  # noqa: E402
 
 SETUP = '''import math, os, resource, threading, time
 from stateset_nb.core import run_sync
