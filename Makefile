@@ -40,15 +40,21 @@ check: $(ready) ## seconds: modules and notebooks agree, ruff, mypy
 check-outputs: $(ready) ## minutes: run every notebook and compare with the outputs it stores
 	@python tools/nbrun.py --check nbs
 
-bench: $(ready) ## the figures of the demo, of the engine beside TRL and of the widget, short
+bench: $(ready) ## the figures of the demo, of the engine beside TRL, of learnt rewards, of the store and of the widget, short
 	@python benchmarks/support_desk.py --quick
 	@python benchmarks/engine.py --quick
+	@python benchmarks/reward.py --quick
+	@python benchmarks/store.py --quick
 	@python benchmarks/widgets.py --quick
 
-bench-full: $(ready) ## every seed and rival of the demo, every case of the engine (long)
+bench-full: $(ready) ## every seed and rival of the demo, every case of the engine, credit over turns, learnt rewards on real labels, the store at size, the widget (long)
 	@python benchmarks/support_desk.py
 	@python benchmarks/engine.py
+	@python benchmarks/credit.py
+	@python benchmarks/reward.py
+	@python benchmarks/labelling.py
+	@python benchmarks/store.py
 	@python benchmarks/widgets.py
 
-system:         ## Debian and Ubuntu: install the browser that drives the tests of site and widgets
+system:         ## Debian and Ubuntu: install the browser and the PostgreSQL server that the tests drive
 	@tools/system.sh

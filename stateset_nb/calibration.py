@@ -340,6 +340,8 @@ class _RoundByRound(RewardFunction):
         self.update()
 
 # %% ../nbs/23_calibration.ipynb #bb764985
+_NOISE = .1  # of a fitted spread: what varies less than that among siblings is taken for noise
+
 class CalibratedRewardFunction(_RoundByRound):
     "A reward on another scale: `score` stays as it is, `reward` is calibrated; both scales are logged."
     def __init__(
@@ -354,6 +356,10 @@ class CalibratedRewardFunction(_RoundByRound):
         self.name, self.for_verdict = base_reward_fn.name, base_reward_fn.for_verdict
         self._pending: list[float] = []
 
+    def inner(self) -> tuple[RewardFunction, ...]:  # as it was given
+        "What it is made of."
+        return (self.base,)
+
     async def compute_reward(self, turns: Sequence[Message], context: EpisodeContext | None = None) -> RewardResult:
         "Score one talk."
         return (await self.compute_rewards([turns], [context]))[0]
@@ -366,7 +372,8 @@ class CalibratedRewardFunction(_RoundByRound):
         known = self.normalizer.ready
         if not known and not self.auto_calibrate: raise NotTrained(f'reward {self.name!r} is not calibrated — fit its normalizer, use MultiRewardCalibrator, or say auto_calibrate=True')
         notes = {'calibrated': known} | ({'drifted': self.alarm.drifted} if self.alarm is not None else {})
-        res = [_calibrated(self.name, r, self.normalizer.normalize(r.reward) if known else r.reward, notes) for r in results]
+        noise = _NOISE * self.normalizer.spread if known else 0.
+        res = [_calibrated(self.name, r, self.normalizer.normalize(r.reward) if known else r.reward, noise, notes) for r in results]
         if self.auto_calibrate or self.alarm is not None:
             self._pending += [r.reward for r in results]
             if len(self._pending) > self.pending_limit:
@@ -380,9 +387,9 @@ class CalibratedRewardFunction(_RoundByRound):
         if values and self.alarm is not None: self.alarm.update(values)
 
 # %% ../nbs/23_calibration.ipynb #f20c09bd
-def _calibrated(name: str, r: RewardResult, value: float, notes: dict[str, bool]) -> RewardResult:
-    "A result with another reward, and both in its components."
-    return RewardResult(r.score, value, {**r.components, f'{name}/raw': r.reward, f'{name}/calibrated': value}, r.explanation, {**r.metadata, **notes})
+def _calibrated(name: str, r: RewardResult, value: float, noise: float, notes: dict[str, bool]) -> RewardResult:
+    "A result with another reward, and both in its components; `made_of` is for who normalises rewards one by one: value, weight, spread that is noise."
+    return RewardResult(r.score, value, {**r.components, f'{name}/raw': r.reward, f'{name}/calibrated': value}, r.explanation, {**r.metadata, **notes, 'made_of': {name: [value, 1., noise]}})
 
 # %% ../nbs/23_calibration.ipynb #91a2fe81
 def _fit_ridge(d: NDArray[np.float64], ridge: float) -> NDArray[np.float64]:
@@ -506,6 +513,10 @@ class CalibratedSum(_RoundByRound):
         check_keys(self.gates, self.weights, 'gates', ConfigError)
         self.for_verdict = all(r.for_verdict for r in self.rewards if self.weights[r.name] or r.name in self.gates)
 
+    def inner(self) -> tuple[RewardFunction, ...]:  # as it was given
+        "What it is made of."
+        return self.rewards
+
     async def compute_reward(self, turns: Sequence[Message], context: EpisodeContext | None = None) -> RewardResult:
         "Score one talk with every part."
         return self._mix([await r.compute_reward(turns, context) for r in self.rewards])
@@ -524,7 +535,8 @@ class CalibratedSum(_RoundByRound):
         shown = {k: v for n, r in parts.items() for k, v in ((n, r.score), (f'{n}/raw', r.components[f'{n}/raw']), (f'{n}/calibrated', r.reward))}
         why = ', '.join(f'{n} {r.score:.2f} → {r.reward:+.2f}' + (' (gate)' if n in self.gates else '') for n, r in parts.items())
         below = {n: {'components': r.components, 'explanation': r.explanation, 'metadata': r.metadata} for n, r in parts.items()}
-        return RewardResult(min(1., max(0., score)) * gate, value, shown, why, {'weights': dict(self.weights), 'gate': gate, 'parts': below})
+        return RewardResult(min(1., max(0., score)) * gate, value, shown, why, {'weights': dict(self.weights), 'gate': gate, 'parts': below,
+                             'made_of': {n: [r.reward, self.weights[n], r.metadata['made_of'][n][2]] for n, r in parts.items()}})
 
     def update(self) -> None:
         "A batch of groups is complete."
@@ -648,7 +660,7 @@ async def learn_weights(
 # %% ../nbs/23_calibration.ipynb #aa73d460
 def noise_floors(
     rewards: Sequence[CalibratedRewardFunction],  # K calibrated rewards
-    share: float = .1,                            # of each one's fitted spread; .05 to .1
+    share: float = _NOISE,                        # of each one's fitted spread; .05 to .1
 ) -> NDArray[np.float64]:                         # [K] least spread of a group to divide by
     "How small a spread is taken for noise."
     if not 0 <= share < 1: raise ConfigError(f'share={share} — must lie in 0..1; try 0.1')

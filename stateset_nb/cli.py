@@ -224,8 +224,8 @@ def _settings(file: str | None, options: dict[str, Any]) -> Any:
     "The settings of a run: defaults, then the file, then the options that were given."
     changes = read_config(file) if file is not None else {}
     from stateset_nb.flywheel import ImproveConfig
-    model = options.get('model') or changes.get('model')
-    config = override_config(ImproveConfig(model=model) if isinstance(model, str) else ImproveConfig(), changes, str(file))
+    told = {k: v for k in ('model', 'conversations', 'labels') if isinstance(v := options.get(k) or changes.get(k), str)}  # how to practise depends on them
+    config = override_config(ImproveConfig(**told), changes, str(file))
     return override_config(config, {k: v for k, v in options.items() if v is not None}, 'command line')
 
 # %% ../nbs/52_cli.ipynb #d934f386
@@ -242,6 +242,8 @@ _EXAMPLES = """[bold]Examples[/bold]
 
 [cyan]stateset-nb improve --conversations logs.jsonl --out runs/mine --seed 1[/cyan]   your own logs
 
+[cyan]stateset-nb improve --conversations logs.jsonl --labels labels.jsonl[/cyan]   the same, paid by what people like
+
 [cyan]stateset-nb improve --config mine.yaml --dry-run[/cyan]   what would be done
 
 [cyan]stateset-nb improve --out runs/mine --resume[/cyan]   go on with a run that was stopped"""
@@ -249,6 +251,7 @@ _EXAMPLES = """[bold]Examples[/bold]
 @app.command('improve', epilog=_EXAMPLES, help='Conversations in; a trained policy, an honest verdict and a report out.\n\nThe exit code is 0 when the run came to its end, whatever the verdict; 1 on an error; 130 after Ctrl-C.')
 def _improve(
     conversations: Annotated[str | None, typer.Option(metavar='FILE.jsonl', help='Logs in the OpenAI chat format, one conversation a line. The built-in support desk unless given.')] = None,
+    labels: Annotated[str | None, typer.Option(metavar='FILE.jsonl', help='What people said of answers: scores, preferences, or rated conversations. A reward is learnt from it, and practice is paid by it.')] = None,
     model: Annotated[str | None, typer.Option(metavar='NAME', help="'tiny' makes a small policy on the spot (default); else a folder or a name on the Hugging Face hub.")] = None,
     out: Annotated[str | None, typer.Option(metavar='DIR', help='Folder of the run (default runs/improve).')] = None,
     config: Annotated[str | None, typer.Option(metavar='FILE', help='Settings as YAML or JSON; options override them.')] = None,
@@ -257,7 +260,7 @@ def _improve(
     resume: Annotated[bool, typer.Option('--resume', help='Go on with what is in the folder.')] = False,
 ) -> None:
     os.environ.setdefault('HF_HUB_VERBOSITY', 'error')
-    given = {'conversations': conversations, 'model': model, 'out': out, 'seed': seed}
+    given = {'conversations': conversations, 'labels': labels, 'model': model, 'out': out, 'seed': seed}
     with _plain_errors():
         settings = _settings(config, given)
         from stateset_nb.core import run_sync

@@ -14,9 +14,10 @@ from typing import Any, ClassVar, Self, TypeVar
 # %% auto #0
 __all__ = ['ROLES', 'T', 'U', 'StateSetError', 'ConfigError', 'DataError', 'BackendError', 'MissingDependency', 'NotTrained',
            'require', 'check_keys', 'Record', 'ToolCall', 'SampledTokens', 'Message', 'content_hash', 'Conversation',
-           'as_messages', 'write_text', 'write_jsonl', 'read_jsonl', 'read_conversations', 'Scenario', 'Segment',
-           'Trajectory', 'TrajectoryGroup', 'unit_score', 'TrainingExample', 'Feedback', 'RewardExample', 'Preference',
-           'stream', 'set_seed', 'run_sync', 'gather', 'progress_bar', 'demo_conversations']
+           'as_messages', 'write_text', 'write_jsonl', 'read_json_object', 'read_jsonl', 'read_conversations',
+           'Scenario', 'Segment', 'Trajectory', 'TrajectoryGroup', 'unit_score', 'TrainingExample', 'Feedback',
+           'RewardExample', 'Preference', 'stream', 'set_seed', 'run_sync', 'gather', 'progress_bar',
+           'demo_conversations']
 
 # %% ../nbs/00_core.ipynb #c1351dbc
 class StateSetError(Exception):
@@ -270,14 +271,14 @@ def as_messages(
 # %% ../nbs/00_core.ipynb #ac07cf3d
 def write_text(
     path: str | os.PathLike[str],  # the file to make or replace
-    text: str,                     # its whole content, UTF-8
+    text: str | Iterable[str],     # its whole content, UTF-8; a text, or pieces of one
 ) -> Path:                         # where it stands
     "Write a file so that it is either the old one or the new one, never a part."
     p = Path(path)
     p.parent.mkdir(parents=True, exist_ok=True)
     fd, tmp = tempfile.mkstemp(dir=p.parent, prefix=f'.{p.name}.')
     try:
-        with os.fdopen(fd, 'w', encoding='utf-8', newline='\n') as f: f.write(text); f.flush(); os.fsync(f.fileno())
+        with os.fdopen(fd, 'w', encoding='utf-8', newline='\n') as f: f.writelines([text] if isinstance(text, str) else text); f.flush(); os.fsync(f.fileno())
         os.chmod(tmp, 0o644)
         os.replace(tmp, p)
     except BaseException:
@@ -291,7 +292,7 @@ def write_jsonl(
     records: Iterable[Record | dict[str, Any]], # one line each
 ) -> Path:                                      # where it stands
     "Write records, one JSON object a line, atomically."
-    return write_text(path, ''.join(json.dumps(_plain(r), ensure_ascii=False, allow_nan=False) + '\n' for r in records))
+    return write_text(path, (json.dumps(_plain(r), ensure_ascii=False, allow_nan=False) + '\n' for r in records))
 
 # %% ../nbs/00_core.ipynb #0e6a3e28
 def _whole(v: Any) -> bool:
@@ -301,6 +302,22 @@ def _whole(v: Any) -> bool:
     return True
 
 # %% ../nbs/00_core.ipynb #8697d711
+def read_json_object(
+    text: str | bytes,  # one JSON object; bytes are UTF-8
+    where: str,         # where it stands (file and line), for the message
+) -> dict[str, Any]:    # raises `DataError` naming the place
+    "A JSON object, or what is wrong with it."
+    try:
+        s = text if isinstance(text, str) else text.decode('utf-8')
+        d = json.loads(s)
+    except UnicodeDecodeError as e: raise DataError(f'{where}: not UTF-8 text: {e.reason} at byte {e.start} — save it as UTF-8') from None
+    except json.JSONDecodeError as e: raise DataError(f'{where}: not JSON: {e.msg} at column {e.colno}') from None
+    except (ValueError, RecursionError) as e: raise DataError(f'{where}: JSON that cannot be read: {e}') from None  # numbers of thousands of digits, brackets without end
+    if not isinstance(d, dict): raise DataError(f'{where}: {type(d).__name__} — expected a JSON object')
+    if '\\ud' in s.lower() and not _whole(d): raise DataError(f'{where}: half a character (a lone \\ud8.. or \\udc..) — expected whole ones — the text was cut inside an emoji; remove what is left of it')
+    return d
+
+# %% ../nbs/00_core.ipynb #cab258f9
 def read_jsonl(
     path: str | os.PathLike[str],  # the file to read
 ) -> Iterator[tuple[str, dict[str, Any]]]:  # (file and line, object); raises `DataError` naming both
@@ -311,13 +328,7 @@ def read_jsonl(
     with f:
         try:
             for n, s in enumerate(f, 1):
-                if not s.strip(): continue
-                try: d = json.loads(s)
-                except json.JSONDecodeError as e: raise DataError(f'{p} line {n}: not JSON: {e.msg} at column {e.colno}') from None
-                except (ValueError, RecursionError) as e: raise DataError(f'{p} line {n}: JSON that cannot be read: {e}') from None  # numbers of thousands of digits, brackets without end
-                if not isinstance(d, dict): raise DataError(f'{p} line {n}: {type(d).__name__} — expected a JSON object')
-                if '\\ud' in s.lower() and not _whole(d): raise DataError(f'{p} line {n}: half a character (a lone \\ud8.. or \\udc..) — expected whole ones — the text was cut inside an emoji; remove what is left of it')
-                yield f'{p} line {n}', d
+                if s.strip(): yield f'{p} line {n}', read_json_object(s, f'{p} line {n}')
         except UnicodeDecodeError as e: raise DataError(f'{p}: not UTF-8 text: {e.reason} at byte {e.start} — save it as UTF-8') from None
 
 # %% ../nbs/00_core.ipynb #09b0975f
@@ -413,8 +424,19 @@ class TrainingExample(Record):
     response: Message                        # the answer
     scenario_id: str | None = None           # where it came from, if it was played
     source: str = 'log'                      # 'log', 'rollout' or 'human'
-    labels: dict[str, float | None] = field(default_factory=dict, hash=False)   # quality and the like; None means not checked
+    labels: dict[str, float | None] = field(default_factory=dict, hash=False)   # quality (0-5), tools_correct (0 or 1), satisfaction (0-5), confidence (0-1); None means not checked
     metrics: dict[str, float] = field(default_factory=dict, hash=False)         # latency_s, tokens, cost_usd
+    label_sources: dict[str, str] = field(default_factory=dict, hash=False)     # who gave each label: rule, judge, human, ...
+    context: dict[str, Any] = field(default_factory=dict, hash=False)           # what the agent knew beside the talk: the customer's record, the state of the shop
+    agent: str = ''                          # which agent answered
+    model: str = ''                          # and the model behind it
+    user: str = ''                           # who asked; a store keeps a keyed hash of it
+    created_at: str = ''                     # when, ISO 8601 in UTC
+    run_id: str = ''                         # the run or test it belongs to
+    trial: int = 0                           # which of several tries at one scenario
+    split: str = ''                          # train, validation or test, where that is settled
+    provenance: dict[str, Any] = field(default_factory=dict, hash=False)        # file, line and format it was read from
+    redacted: dict[str, int] | None = field(default=None, hash=False)           # personal data taken out, by kind; None when nobody looked
     schema: int = 1
     _nested: ClassVar[dict[str, type]] = {'messages': Message, 'response': Message}
 
@@ -422,6 +444,12 @@ class TrainingExample(Record):
     def query(self) -> str:
         "What the user asked last."
         return next((m.text for m in reversed(self.messages) if m.role == 'user'), '')
+
+    @property
+    def tools_used(self) -> tuple[str, ...]:
+        "The tools called since then, in order."
+        start = max((i for i, m in enumerate(self.messages) if m.role == 'user'), default=-1)
+        return tuple(c.name for m in (*self.messages[start + 1:], self.response) for c in m.tool_calls)
 
 # %% ../nbs/00_core.ipynb #be5b90de
 @dataclass(frozen=True)
@@ -433,6 +461,11 @@ class Feedback(Record):
     labeller: str = 'anonymous'          # who said it
     comment: str = ''                    # why
     suggested_response: str | None = None  # what should have been said instead
+    suggested_tools: tuple[str, ...] | None = None  # the tools that should have been called; none at all is ()
+    aspects: dict[str, float] = field(default_factory=dict, hash=False)  # the same scale for parts of it: tool_selection, response_quality, speed
+    id: str = ''                         # names this act of rating: a store keeps one of each
+    created_at: str = ''                 # when, ISO 8601 in UTC
+    revision: int = 0                    # 1, 2, ... as this person changed their mind; a store counts
     schema: int = 1
 
     @property
@@ -460,6 +493,10 @@ class Preference(Record):
     chosen: str                            # the better answer
     rejected: str                          # the worse answer
     group: str = ''                        # conversation or prompt; a split keeps a group on one side
+    labeller: str = ''                     # who chose
+    info: dict[str, Any] = field(default_factory=dict, hash=False)  # how it was chosen: which side was shown first, after how many seconds
+    id: str = ''                           # names this act of choosing: a store keeps one of each
+    created_at: str = ''                   # when, ISO 8601 in UTC
     schema: int = 1
 
 # %% ../nbs/00_core.ipynb #a65af793

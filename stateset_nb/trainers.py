@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from .core import BackendError, ConfigError, DataError, NotTrained, Record, Scenario, Segment, StateSetError, Trajectory, TrajectoryGroup, check_keys, progress_bar, run_sync, stream, write_text
 from .policy import SCHEDULING, Policy, check_head, gathered, load_policy, new_folder, pad_rows, save_policy, sequence_logps, shard, shared_prefix, states_before
 from .agents import Agent, PolicyBackend, Sampler
-from .rewards import CompositeReward, RewardFunction
+from .rewards import CompositeReward, RewardFunction, reward_parts
 from .environments import ConversationEnvironment, Environment, rollouts
 from .grpo import (KL_KINDS, LOSS_TYPES, SAMPLER_MODES, SCALES, adapt_beta, agreeing_groups, anchor_advantages, gae_advantages, gdpo_advantages, group_advantages, grpo_loss, kept_groups,
                               mean_metrics, number_states, pad_turns, returns_to_go, sampler_metrics, sampler_weights, soft_overlong_punishment, turn_advantages)
@@ -301,17 +301,17 @@ def _left_out(t: Trajectory, c: TrainingConfig) -> bool:
     return t.error is not None or (t.truncated and c.mask_truncated_completions and not c.truncated_in_baseline)
 
 # %% ../nbs/32_trainers.ipynb #d7e6f117
-def _parts(t: Trajectory, c: TrainingConfig) -> dict[str, tuple[float, float]]:
-    "What an episode's reward is made of: name -> (value, weight)."
-    parts = {k: (v, w) for k, (v, w) in t.info['rewards'].items()} if 'rewards' in t.info else {k: (v, 1.) for k, v in (t.components or {'reward': t.reward}).items()}
-    return parts | ({'overlong': (_overlong(t, c), 1.)} if c.soft_punish_cache else {})
+def _parts(t: Trajectory, c: TrainingConfig) -> dict[str, tuple[float, float, float]]:
+    "What an episode's reward is made of: name -> (value, weight, spread that is noise)."
+    parts = {k: (v, w, *(floor or [0.])) for k, (v, w, *floor) in t.info['rewards'].items()} if 'rewards' in t.info else {k: (v, 1., 0.) for k, v in (t.components or {'reward': t.reward}).items()}
+    return parts | ({'overlong': (_overlong(t, c), 1., 0.)} if c.soft_punish_cache else {})
 
 def _part_advantages(groups: Sequence[TrajectoryGroup], c: TrainingConfig) -> Tensor:
     "The advantage [P, G] of each episode, its parts compared one by one."
     parts = [[{} if _left_out(t, c) else _parts(t, c) for t in g.trajectories] for g in groups]
-    weights = {k: w for row in parts for p in row for k, (_, w) in p.items()}
-    names = sorted(weights) or ['reward']   # where nobody is left
-    return gdpo_advantages(torch.tensor([[[p[k][0] if k in p else math.nan for k in names] for p in row] for row in parts], dtype=torch.float64), [weights.get(k, 1.) for k in names])
+    told = {k: (w, floor) for row in parts for p in row for k, (_, w, floor) in p.items()} or {'reward': (1., 0.)}   # where nobody is left
+    weights, floors = zip(*(told[k] for k in sorted(told)))
+    return gdpo_advantages(torch.tensor([[[p[k][0] if k in p else math.nan for k in sorted(told)] for p in row] for row in parts], dtype=torch.float64), weights, floors)
 
 # %% ../nbs/32_trainers.ipynb #0ca4d6be
 def _states(t: Trajectory) -> list[str]:
@@ -377,13 +377,15 @@ R = TypeVar('R', Row, Segment)
 def micro_batches(
     rows: Sequence[R],  # rows, or segments, in any order
     max_tokens: int,    # tokens of a batch, those in common counted once; a longer row stands alone
-) -> list[list[R]]:     # rows that begin alike together
+) -> list[list[R]]:     # rows that begin alike together; others join only while a batch is less than a quarter full, which bounds memory and costs no time
     "Rows cut into batches that share what they can."
     res: list[list[R]] = []
     room = 0
     for r in sorted(rows, key=lambda r: r.ids):
-        room -= len(r.ids) - (shared_prefix(res[-1][-1].ids, r.ids) if res else 0)
-        if not res or room < 0: res.append([]); room = max_tokens - len(r.ids)
+        common = shared_prefix(res[-1][-1].ids, r.ids) if res else 0
+        full = 4 * room <= 3 * max_tokens and 2 * common < len(r.ids)
+        room -= len(r.ids) - common
+        if not res or room < 0 or full: res.append([]); room = max_tokens - len(r.ids)
         res[-1].append(r)
     return res
 
@@ -627,7 +629,11 @@ class TrainerCallback(Protocol):
 @lru_cache
 def _leave_in_order() -> None:
     "Have the process group taken apart before the interpreter is: its threads would not outlive that."
-    atexit.register(lambda: torch.distributed.destroy_process_group() if torch.distributed.is_initialized() else None)
+    def leave() -> None:
+        if not torch.distributed.is_initialized(): return
+        torch.distributed.destroy_process_group()
+        time.sleep(.2)  # sharded weights keep the group's threads alive: one that still lets go of a tensor needs the interpreter, and aborts the process if that is gone
+    atexit.register(leave)
 
 class Processes:
     "The processes of a run, through accelerate; one alone where there are no others."
@@ -998,10 +1004,14 @@ class _Between(_Resumable):
         with gathered(policy): found = await self.evaluate(self.agent) if self.processes.first else {}
         return {f'eval/{k}': v for k, v in self.processes.gather(found)[0].items()}
 
+    def _prune(self) -> None:
+        "Remove old checkpoints."
+        if self.log is not None and self.processes.first: self.log.prune(self.config.save_total_limit, best_checkpoint(self.log.folder) if self.config.metric_for_best_model else None)
+
     def _keep(self, log: RunLog) -> None:
         "A checkpoint of this round; old ones go."
         path = self.save_checkpoint(log.folder / f'checkpoint-{self.step}')
-        if self.processes.first: log.prune(self.config.save_total_limit, best_checkpoint(log.folder) if self.config.metric_for_best_model else None)
+        self._prune()
         self.run.tell('saved', step=self.step, path=str(path))
 
     async def _serve(self, asked: Sequence[str], policy: Policy) -> None:
@@ -1093,8 +1103,6 @@ class _Rounds(_Between):
         if self.processes.first: self.log.write(self.step, metrics, groups)
         if self.step == self.config.num_episodes or (self.config.save_steps and self.step % self.config.save_steps == 0): self._keep(self.log)
 
-
-
 # %% ../nbs/32_trainers.ipynb #01698ece
 def _knob_rules(c: TrainingConfig) -> dict[str, _Rule]:
     "Knobs that this run holds in closer bounds."
@@ -1133,8 +1141,9 @@ class MultiTurnGRPOTrainer(_Rounds):
         self.evaluate, self.callbacks, self.run = evaluate, list(callbacks), run or TrainingRun()
         self.run.knobs = self.run.knobs | _knob_rules(self.config)
         self.run.requests = [what for what, there in (('checkpoint', output_dir), ('evaluate', evaluate)) if there is not None]
-        if isinstance(reward_fn, CompositeReward) and reward_fn.gates and self.config.multi_objective_aggregation == 'normalize_then_sum':
-            raise ConfigError(f"gates={reward_fn.gates} with multi_objective_aggregation='normalize_then_sum' — a gate multiplies, and parts that are compared one by one have no product — leave one of them out")
+        gates = [g for r in (reward_parts(reward_fn) if reward_fn is not None else []) if isinstance(r, CompositeReward) for g in r.gates]
+        if gates and self.config.multi_objective_aggregation == 'normalize_then_sum':
+            raise ConfigError(f"gates={gates} with multi_objective_aggregation='normalize_then_sum' — a gate multiplies, and parts that are compared one by one have no product — leave one of them out")
         self.log = RunLog(output_dir) if output_dir is not None else None
         self.step, self.settings, self.policy = 0, self.config, None   # rounds done; the config with knobs turned; after `initialize`
         self.metric: float | None = None   # how the last round did by `metric_for_best_model`
@@ -1144,6 +1153,7 @@ class MultiTurnGRPOTrainer(_Rounds):
         if self.policy is None: await self.initialize()
         assert self.policy is not None
         if self.log is not None and self.processes.first: self.log.begin(self.step)
+        self._prune()  # a killed run may have left one too many
         if self.run.state in ('ready', 'done'): self.run.start()
         if self.sync is not None: await self.sync(self.policy)
         while self.step < self.config.num_episodes:

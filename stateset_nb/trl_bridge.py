@@ -4,7 +4,7 @@
 
 # %% ../nbs/33_trl_bridge.ipynb #32b6dbd0
 from __future__ import annotations
-import inspect, json, logging, math, os, warnings
+import inspect, json, math, os, warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from .core import ConfigError, Message, Scenario, StateSetError, Trajectory, TrajectoryGroup, as_messages, check_keys, gather, require, run_sync, stream
+from .core import ConfigError, Scenario, StateSetError, Trajectory, TrajectoryGroup, check_keys, gather, require, run_sync, stream
 from .policy import Policy, _no_bars
 from .agents import Agent
-from .rewards import EpisodeContext, RewardFunction
+from .rewards import RewardFunction
 from .environments import ConversationEnvironment, Environment, rollout
 from .trainers import TrainerCallback, TrainingConfig, TrainingRun, _player, pick_scenarios, play_metrics
 
 # %% auto #0
-__all__ = ['trl_knobs', 'to_grpo_config', 'as_trl_rollout', 'as_trl_reward', 'as_hf_callback', 'trl_trainer']
+__all__ = ['trl_knobs', 'to_grpo_config', 'as_trl_rollout', 'as_hf_callback', 'trl_trainer']
 
 # %% ../nbs/33_trl_bridge.ipynb #378abaed
 def _trl() -> Any:
@@ -170,41 +170,6 @@ def _episode(trajectory: Sequence[Trajectory], log_metric: Callable[[str, float]
 
 _episode.__name__ = 'episode'   # TRL logs rewards/episode/mean
 
-# %% ../nbs/33_trl_bridge.ipynb #b86b28a4
-class _TRLReward:
-    "A reward function in TRL's form; picklable when the reward is."
-    def __init__(self, reward_fn: RewardFunction) -> None:
-        self.reward_fn, self.__name__ = reward_fn, reward_fn.name
-
-    async def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], scenario: Sequence[str] | None = None, **ignored: Any) -> list[float | None]:
-        talks = [(*_said('user', p), *_said('assistant', c)) for p, c in zip(prompts, completions, strict=True)]
-        contexts = [EpisodeContext(Scenario.from_dict(json.loads(s))) for s in scenario] if scenario is not None else [None] * len(talks)
-        try: return [r.reward for r in await self.reward_fn.compute_rewards(talks, contexts)]
-        except Exception as e: failed = e
-        return await self._apart(talks, contexts, failed)
-
-    async def _apart(self, talks: Sequence[Any], contexts: Sequence[Any], error: Exception) -> list[float | None]:
-        if len(talks) == 1: raise error
-        errors: list[Exception] = []
-        async def one(pair: tuple[Any, Any]) -> float | None:
-            try: return (await self.reward_fn.compute_rewards([pair[0]], [pair[1]]))[0].reward
-            except Exception as e: errors.append(e)
-            return None
-        res = await gather(one, list(zip(talks, contexts)))
-        if len(errors) == len(talks): raise error
-        logging.getLogger(__name__).warning('%d of %d answers have no reward and are left out — the first error: %s', len(errors), len(talks), error)
-        return res
-
-def _said(role: str, text: Any) -> tuple[Message, ...]: return (Message(role, text),) if isinstance(text, str) else as_messages(text)
-
-# %% ../nbs/33_trl_bridge.ipynb #dec8123f
-def as_trl_reward(
-    reward_fn: RewardFunction,  # ours
-) -> Callable[..., Any]:        # async (prompts, completions, scenario=None, **columns) -> list of float, None where it cannot say
-    "A reward of ours as a reward function of TRL; it raises only when every answer of a batch fails."
-    if not isinstance(reward_fn, RewardFunction): raise ConfigError(f'{reward_fn!r:.60} is no RewardFunction — decorate it with @reward_function, or give it to TRL as it is')
-    return _TRLReward(reward_fn)
-
 # %% ../nbs/33_trl_bridge.ipynb #d522def3
 def _as_teller(watcher: TrainerCallback) -> Any:
     "A transformers callback that tells ours."
@@ -337,7 +302,7 @@ def _build(agent: Agent, config: TrainingConfig, output_dir: str | os.PathLike[s
     kind, policy = _trl().GRPOTrainer, agent.policy
     passed = {k: trl.pop(k) for k in ('callbacks', 'optimizers', 'peft_config', 'eval_dataset') if k in trl}
     taken = [k for k in trl if k in inspect.signature(kind).parameters]
-    if taken: raise ConfigError(f'{", ".join(taken)} — the bridge gives that to TRL itself — build trl.GRPOTrainer by hand, with to_grpo_config and as_trl_reward')
+    if taken: raise ConfigError(f'{", ".join(taken)} — the bridge gives that to TRL itself — build trl.GRPOTrainer by hand, with to_grpo_config')
     args = to_grpo_config(config, output_dir, **trl)
     from transformers import TrainerCallback as HFCallback
     passed['callbacks'] = [c if isinstance(c, HFCallback) else as_hf_callback(c) for c in passed.get('callbacks', ())]
@@ -371,7 +336,7 @@ def trl_trainer(
     if environment is None:
         if reward_fn is None: raise ConfigError('neither environment nor reward_fn — nothing says what is good — give a reward_fn')
         if not agent.policy.tokenizer.chat_template: raise ConfigError(f'the tokenizer of {agent.policy.name} has no chat template, and TRL renders by that — give ConversationEnvironment(scenarios) as the environment')
-        return _build(agent, config, output_dir, {'reward_funcs': as_trl_reward(reward_fn), 'train_dataset': from_list(_prompts(_rounds(scenarios, config), agent))}, trl)
+        return _build(agent, config, output_dir, {'reward_funcs': reward_fn, 'train_dataset': from_list(_prompts(_rounds(scenarios, config), agent))}, trl)
     trainer = _build(agent, config, output_dir, {'reward_funcs': _episode, 'rollout_func': _RolloutFunc(agent, environment, reward_fn, config, scenarios),
                                                  'train_dataset': from_list([{'prompt': s.id} for s in _rounds(scenarios, config)])}, trl)
     zero = trainer.args.deepspeed_plugin

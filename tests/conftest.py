@@ -1,5 +1,5 @@
 """What tests of the whole house share."""
-import base64, functools, hashlib, http.server, multiprocessing, os, shutil, subprocess, tarfile, tempfile, threading, time
+import base64, functools, hashlib, http.server, itertools, multiprocessing, os, pwd, shutil, socket, subprocess, tarfile, tempfile, threading, time
 from pathlib import Path
 import pytest, torch
 from hypothesis import settings
@@ -36,6 +36,42 @@ def need():
 
 @pytest.fixture(scope='session')
 def root(): return ROOT
+
+@pytest.fixture(scope='session')
+def postgres():
+    """`postgres()` gives the address of an empty schema on a PostgreSQL server that lives as long as the tests.
+
+    Its language is English on purpose: a text that is sorted by code point must be so here too. A server refuses to be root's, so root gives it to somebody else."""
+    found = sorted(Path('/usr/lib/postgresql').glob('*/bin/initdb'), key=lambda f: int(f.parts[-3])) or [Path(f) for f in [shutil.which('initdb')] if f]
+    if not found: lacking('PostgreSQL is not here: `make system` installs it on Debian and Ubuntu')
+    bin, as_user = found[-1].resolve().parent, {}
+    with tempfile.TemporaryDirectory() as tmp, socket.socket() as free:
+        if os.geteuid() == 0:
+            names = {u.pw_name:u for u in pwd.getpwall()}
+            u = names.get('postgres') or names['nobody']
+            os.chown(tmp, u.pw_uid, u.pw_gid)
+            as_user = dict(user=u.pw_uid, group=u.pw_gid, extra_groups=[])
+        def call(*args): subprocess.run([*map(str, args)], cwd=tmp, check=True, stdout=subprocess.DEVNULL, **as_user)
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+        free.close()
+        call(bin/'initdb', '-D', f'{tmp}/d', '-U', 'test', '-A', 'trust', '-E', 'UTF8', '--locale=C', '--locale-provider=icu', '--icu-locale=en-US', '--no-sync')
+        options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c fsync=off -c full_page_writes=off"
+        call(bin/'pg_ctl', '-D', f'{tmp}/d', '-w', '-l', f'{tmp}/log', '-o', options, 'start')
+        try:
+            import psycopg
+            count = itertools.count()
+            def fresh():
+                name = f's{next(count)}'
+                with psycopg.connect(f'host=127.0.0.1 port={port} user=test dbname=postgres') as c: c.execute(f'CREATE SCHEMA {name}')
+                return f'postgresql://test@127.0.0.1:{port}/postgres?options=-csearch_path%3D{name}'
+            yield fresh
+        finally: call(bin/'pg_ctl', '-D', f'{tmp}/d', '-m', 'immediate', 'stop')
+
+@pytest.fixture(params=['sqlite', 'postgresql'])
+def database(request, tmp_path):
+    "The address of an empty database of each kind."
+    return f'sqlite:///{tmp_path}/store.db' if request.param == 'sqlite' else request.getfixturevalue('postgres')()
 
 @pytest.fixture(scope='session')
 def site():

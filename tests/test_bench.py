@@ -103,3 +103,15 @@ def test_the_model_of_the_engines_bench_says_what_it_should(engine):
     tok = w.tokenizer()
     with torch.no_grad(): p = engine.model_of((16, 1), tok)(input_ids=torch.randint(2000, (4, 50))).logits.softmax(-1)
     assert p[..., tok.eos_token_id].max()==0
+
+def test_the_bench_of_labelling_measures_a_sound_queue(tmp_path):
+    from stateset_nb.labelling import LabelQueue, label_events, standing, standing_labels
+    from stateset_nb.store import TrainingStore
+    m = load('labelling')
+    records = m.measure(f'sqlite:///{tmp_path}/{{n}}.db', [60, 90], 2, 5, 'SQLite')
+    assert all(r['calls'][k]['n'] >= 1 for r in records for k in m.CALLS)
+    assert '| label + upcoming |' in m.page({'records': records, 'machine': 'x', 'load': 0.})
+    with TrainingStore(f'sqlite:///{tmp_path}/90.db') as s:
+        q = LabelQueue(s, 'bench', 'ann')
+        log = standing(label_events(q))
+        assert {e.id for e in standing_labels(q)} == {e.id for e in log.values() if e.kind == 'label'} and q.progress().team == len(standing_labels(q))

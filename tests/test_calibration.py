@@ -339,13 +339,39 @@ def test_the_alarm_is_quiet_at_rest_and_rings_at_half_a_spread():
 
 # ---- the trainers
 
-def test_without_a_floor_it_is_the_gdpo_of_the_trainers():
+@pytest.mark.parametrize('floors', [0., .5, [.2, .3, 4.]])
+def test_it_is_the_gdpo_of_the_trainers(floors):
     import torch
     from stateset_nb.grpo import gdpo_advantages, group_advantages
     x, w = rng().normal(size=(6, 8, 3)) * [1, .1, 10], np.array([.5, .3, .2])
-    s = (normalize_groups(x) * w).sum(-1)
-    assert np.allclose(s / (s.std(ddof=1) + 1e-4), gdpo_advantages(torch.tensor(x), torch.tensor(w)), atol=1e-9)
+    s = (normalize_groups(x, floors) * w).sum(-1)
+    assert np.allclose(s / (s.std(ddof=1) + 1e-4), gdpo_advantages(torch.tensor(x), torch.tensor(w), floors), atol=1e-9)
     assert np.allclose(normalize_groups(x)[..., 0], group_advantages(torch.tensor(x[..., 0])), atol=1e-9)
+
+def test_a_trainer_divides_each_part_by_its_own_floor():
+    "From the calibrated sum through the episode to the advantages: value, weight and floor of each part arrive."
+    import torch
+    from stateset_nb.agents import Agent, AgentConfig, StubBackend
+    from stateset_nb.core import TrajectoryGroup
+    from stateset_nb.environments import ConversationEnvironment, rollout
+    from stateset_nb.grpo import gdpo_advantages
+    from stateset_nb.rewards import reward_function
+    from stateset_nb.trainers import TrainingConfig, credit
+    def fitted(name, f, sd): return CalibratedRewardFunction(reward_function(f, name=name), RewardNormalizer('z_score').fit([.5 - sd, .5, .5 + sd]))
+    parts = [fitted('long', lambda turns: min(1., len(turns[-1].text) / 40), .25), fitted('noise', lambda turns: .5 + 1e-3 * (len(turns[-1].text) % 3), .1)]
+    total = CalibratedSum(parts, [3., 1.])
+    ts = []
+    for i, said in enumerate(('Yes.', 'Yes, it is.', 'Yes, that is so, dear customer.', 'No!')):
+        agent = Agent(AgentConfig('stub'), StubBackend([said]))
+        ts.append(asyncio.run(rollout(agent, ConversationEnvironment(), Scenario('s', (Message('user', 'Is it?'),)), 0, reward_fn=total, sample=i)))
+    assert not [t.error for t in ts if t.error]
+    made = [t.info['rewards'] for t in ts]
+    assert all(set(m) == {'environment', 'long', 'noise'} for m in made) and made[0]['noise'][2] == pytest.approx(noise_floors(parts)[1]) and made[0]['long'][1] == 3 * made[0]['noise'][1]
+    assert all(sum(v * w for v, w, *_ in m.values()) == pytest.approx(t.reward) for m, t in zip(made, ts))
+    got = [float(a[0]) for a in credit([TrajectoryGroup('s', tuple(ts))], TrainingConfig(multi_objective_aggregation='normalize_then_sum'))[0]]
+    x = torch.tensor([[[m[k][0] for k in ('long', 'noise')] for m in made]], dtype=torch.float64)
+    w = [made[0][k][1] for k in ('long', 'noise')]
+    assert got == pytest.approx(gdpo_advantages(x, w, noise_floors(parts))[0].tolist(), abs=1e-9) and got != pytest.approx(gdpo_advantages(x, w)[0].tolist(), abs=1e-3)
 
 def test_noise_is_kept_small_by_the_floor():
     f = [CalibratedRewardFunction(HelpfulnessReward(), RewardNormalizer().fit(NORMAL)), CalibratedRewardFunction(HelpfulnessReward(), AdaptiveRewardScaler(2.))]

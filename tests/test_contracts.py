@@ -36,13 +36,14 @@ def small_runs(monkeypatch):
     from stateset_nb import flywheel
     tiny, practice = flywheel.TinyConfig, flywheel.practice_for
     monkeypatch.setattr(flywheel, 'TinyConfig', lambda **kw: tiny(**kw | {'steps': 6, 'hidden_size': 16, 'layers': 1}))
-    monkeypatch.setattr(flywheel, 'practice_for', lambda model: replace(practice(model), num_episodes=2, prompts_per_step=2, num_generations=2, max_completion_length=8))
+    monkeypatch.setattr(flywheel, 'practice_for', lambda *about: replace(practice(*about), num_episodes=2, prompts_per_step=2, num_generations=2, max_completion_length=8))
 
 def test_every_snippet_of_the_readme_runs(tmp_path, monkeypatch):
     small_runs(monkeypatch)
     monkeypatch.chdir(tmp_path)
     talks = [replace(c, id=f'{c.id}-{i}', messages=(Message('user', f'Case {i}.'), *c.messages)) for i in range(5) for c in demo_conversations()]
     write_jsonl('logs.jsonl', [c.to_dict() for c in talks])
+    write_jsonl('labels.jsonl', [{'prompt': f'Where is parcel {i}?', 'response': f'It arrives on day {i}.', 'score': i % 5, 'scale': [0, 4]} for i in range(20)])
     snippets = re.findall(r'^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?', README.read_text(encoding='utf-8'), re.S | re.M)
     assert len(snippets) >= 4
     names = {}
@@ -189,7 +190,7 @@ def test_the_checker_catches_a_broken_reward(rule, reward):
 
 def examples():
     "One example of every record, each field away from its default where it has one."
-    from stateset_nb import ABTestResult, ComparisonTable, Interval, PairedComparison, TestResult, TestResults, TrainingMetrics
+    from stateset_nb import ABTestResult, ComparisonTable, Criterion, ExampleFilter, ExportReport, IngestReport, Interval, JudgeAgreement, Label, LabelEvent, PairedComparison, Refusal, RewardHistory, Rubric, TestResult, TestResults, TrainingMetrics
     call = ToolCall('refund_order', '{"order_id": "4712"}', 'c1')
     talk = (Message('user', 'Refund #4712 ☂'), Message('assistant', None, (call,)), Message('tool', 'done', (), 'c1', 'refund_order'), Message('assistant', 'It is refunded.'))
     segment = Segment((11, 22, 33), (0, 1, 1), (0., -.25, -.5), ((1, 3),))
@@ -198,10 +199,15 @@ def examples():
     r = TestResult('s', 1, True, {'reward': 1.}, None, 2, ('refund',), ({'kind': 'refund', 'success': True},), t)
     tests = TestResults((r,), 'agent', 3, 2, 'abc')
     table = ComparisonTable(('success',), (p,))
+    chosen = ExampleFilter(4, 5, .9, 1, 'desk', 'm', 'log', 'train', 'r1', 's', '2026-01-01', '2026-02-01', 'human')
     return [Conversation(talk, 'c-1', 4.0, {'group': 'g'}), Scenario('s', talk[:1], {'n': 1}, 2, ('refund',)), segment, t, TrajectoryGroup('s', (t, replace(t, id='s/1', error='boom'))),
             TrainingExample('e', talk[:1], talk[-1], 's', 'human', {'quality': .5, 'tools': None}, {'tokens': 12.}), Feedback('e', 4, (1, 5), 'ann', 'good', 'Better: hello.'),
             RewardExample(talk[:1], 'It is refunded.', 3., (0, 5), (3., 4.), 'g'), Preference('Where?', 'Here.', 'Whatever.', 'g'), p, r, tests,
-            TrainingMetrics(task_completion_rate=Interval(.5, .4, .6, 100)), table, ABTestResult(tests, tests, table), r]
+            TrainingMetrics(task_completion_rate=Interval(.5, .4, .6, 100)), table, ABTestResult(tests, tests, table), r,
+            Rubric((Criterion('right', 'Is it true?', ((1, 'false'), (4, 'true')), 2.),), 1, 4, 'The record decides.'), JudgeAgreement('pairs', 40, {'kappa': Interval(.5, .4, .6, 40)}, {'length': 'all as long'}),
+            RewardHistory(({'phase': 1, 'epoch': 1, 'loss': .5, 'val_loss': .25},)), chosen, ExportReport('sft.jsonl', 'trl', 12, 'ab12', chosen),
+            IngestReport(9, 3, 2, 1, 1, 2, (Refusal('log.jsonl line 4', 'no messages'),), {'NAME': 3}),
+            LabelEvent('key-1', 'ann', 'label', 'e1⟷e2', Label(None, 'right', (1, 0), {'speed': 4}, 'Says when.', 'It comes on Monday.', ('track_parcel',)), 1770000000.5, 7.25)]
 
 if __name__ == '__main__':
     for x in examples():

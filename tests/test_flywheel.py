@@ -7,8 +7,9 @@ import pytest
 from stateset_nb.core import ConfigError, DataError, Message, write_jsonl
 from stateset_nb.environments import desk_scenarios, support_desk_logs
 from stateset_nb.evaluation import TestResults
-from stateset_nb.flywheel import RIVALS, ImproveConfig, ReferenceOverlap, RunFolder, check_verdict, copy_accuracy, improve, log_scenarios, plan
+from stateset_nb.flywheel import RIVALS, ImproveConfig, ReferenceOverlap, RunFolder, check_verdict, copy_accuracy, improve, log_scenarios, plan, praised_talks, read_labels
 from stateset_nb.policy import TinyConfig, load_policy
+from stateset_nb.reward_model import RewardTrainingConfig
 from stateset_nb.rewards import CompositeReward, EpisodeContext, HelpfulnessReward
 from stateset_nb.trainers import TrainingConfig, TrainingProfile
 
@@ -38,6 +39,19 @@ def desk(tmp_path_factory):
 def real(tmp_path_factory, logs):
     "A finished run on logs."
     return go(mini(tmp_path_factory.mktemp('real') / 'run', conversations=str(logs)))
+
+@pytest.fixture(scope='module')
+def labels(tmp_path_factory):
+    "What people said: kind answers are good, curt ones are not, and one rater is kinder than the other."
+    rows = [{'messages': [user(f'{EVIL} Where is order {2000 + i}?')], 'response': ('I am sorry for the wait, your order is on its way.', 'No idea, ask somebody else.')[i % 2], 'ratings': [5 - 3 * (i % 2), 4 - 3 * (i % 2)], 'scale': [1, 5], 'group': f'g{i}'} for i in range(160)]
+    return write_jsonl(tmp_path_factory.mktemp('labels') / '<i>labels.jsonl', rows)
+
+LEARN = RewardTrainingConfig(heads=2)
+
+@pytest.fixture(scope='module')
+def liked(tmp_path_factory, logs, labels):
+    "A finished run on logs that is paid by what people like."
+    return go(mini(tmp_path_factory.mktemp('liked') / 'run', conversations=str(logs), labels=str(labels), reward=LEARN))
 
 # What a run leaves
 
@@ -85,7 +99,7 @@ def test_what_was_done_is_not_done_again(desk):
 
 # Settings
 
-CHANGED = {'conversations': None, 'model': None, 'out': None, 'seed': 3, 'logs': 30, 'practice': 5, 'scenarios': 5, 'margin': .2, 'clone': replace(CLONE, steps=12), 'training': replace(TRAINING, num_episodes=2), 'filtered_steps': 0}
+CHANGED = {'conversations': None, 'labels': None, 'reward': None, 'model': None, 'out': None, 'seed': 3, 'logs': 30, 'practice': 5, 'scenarios': 5, 'margin': .2, 'clone': replace(CLONE, steps=12), 'training': replace(TRAINING, num_episodes=2), 'filtered_steps': 0}
 
 def left(r):
     "What somebody could look at: verdict, who was tested, weights, rows and talks of practice."
@@ -93,16 +107,19 @@ def left(r):
     return (r.verdict, sorted(r.tests), {n: (r.folder / n / 'model.safetensors').read_bytes() for n in ('clone', 'policy')}, [no_time(json.loads(l)) for l in (r.folder / 'metrics.jsonl').read_text().splitlines()],
             {n: [x.success for x in t.results] for n, t in r.tests.items()}, (r.folder / 'trajectories.jsonl').read_bytes())
 
-def test_every_setting_changes_what_comes_out(desk, real, logs, tmp_path):
+def test_every_setting_changes_what_comes_out(desk, real, liked, logs, labels, tmp_path):
     assert set(CHANGED) == {f.name for f in fields(ImproveConfig)}, 'a new setting needs a line here'
     assert left(go(mini(tmp_path / 'same'))) == left(desk), 'the same settings, the same run'
     for k, v in CHANGED.items():
         if v is not None: assert left(go(mini(tmp_path / k, **{k: v}))) != left(desk), f'{k} changes nothing'
     assert left(real) != left(desk)                               # conversations
+    assert left(liked) != left(real)                              # labels
+    assert left(go(mini(tmp_path / 'reward', conversations=str(logs), labels=str(labels), reward=replace(LEARN, heads=1)))) != left(liked)
     named = go(mini(tmp_path / 'named', conversations=str(logs), model=str(real.folder / 'policy')))
     assert left(named) != left(real) and 'as it came' in (named.folder / 'report.html').read_text()
     with pytest.raises(ConfigError, match='model='): plan(mini(tmp_path / 'x', model='gpt2'))
-    texts = {k: plan(mini('out', **{k: v})) for k, v in CHANGED.items() if v is not None and k != 'margin'} | {'out': plan(mini('elsewhere')), 'conversations': plan(mini('out', conversations=str(logs)))}
+    with pytest.raises(ConfigError, match='model='): plan(mini(tmp_path / 'x', model='no such/thing at all', labels=str(labels)))
+    texts = {'labels': plan(mini('out', labels=str(labels)))} | {k: plan(mini('out', **{k: v})) for k, v in CHANGED.items() if v is not None and k != 'margin'} | {'out': plan(mini('elsewhere')), 'conversations': plan(mini('out', conversations=str(logs)))}
     assert len(set(texts.values()) | {plan(mini('out'))}) == len(texts) + 1, 'the plan names each of them'
 
 @pytest.mark.parametrize('kw', [{'logs': 9}, {'logs': 40.}, {'practice': 0}, {'scenarios': 1}, {'filtered_steps': -1}, {'seed': -1}, {'seed': True}, {'margin': 0}, {'margin': 1}, {'training': TrainingConfig(seed=5)}], ids=str)
@@ -160,6 +177,36 @@ def test_logs_as_other_programs_write_them(tmp_path):
 
 # Judges
 
+# Labels
+
+def test_a_reward_is_learnt_from_labels_and_practice_is_paid_by_it(liked, real):
+    assert {p.name for p in liked.folder.iterdir()} == FILES | {'reward_model', 'reward.json'}
+    known, verdict = strict(liked.folder / 'reward.json'), strict(liked.folder / 'verdict.json')
+    assert set(verdict) == KEYS | {'rewards'} and verdict['checks']['reward_model'] == known
+    assert known['share_of_ceiling'] > .8 and known['table'][0]['scorer'] == 'model' and set(known['promises']) == {'method', 'raw', 'calibrated'}
+    assert known['promises']['calibrated']['ece'] < .1, 'kind and curt are easily told apart'
+    rows = {r['reward']: r for r in verdict['rewards']}
+    assert set(rows) == {'learned', 'helpfulness', 'safety', 'reference_overlap'} and [r for r in rows if rows[r]['judge']] == ['reference_overlap']
+    assert all(r['low'] <= r['difference'] <= r['high'] and r['after'] - r['before'] == pytest.approx(r['difference']) for r in rows.values())
+    assert rows['reference_overlap']['before'] == pytest.approx(verdict['before']), 'the judge says here what it says in the verdict'
+    last = [json.loads(l) for l in (liked.folder / 'metrics.jsonl').read_text().splitlines()][-1]
+    assert {f'rewards/{n}{k}/mean' for n in ('learned', 'helpfulness', 'safety') for k in ('', '/raw', '/calibrated')} <= set(last)
+    text = (liked.folder / 'report.html').read_text()
+    assert 'Each reward, before and after' in text and 'reference_overlap (judge)' in text and text.count('data:image/png') == (real.folder / 'report.html').read_text().count('data:image/png') + 1
+    assert '<script' not in text and '<i>labels' not in text
+
+def test_conversations_with_ratings_are_labels_and_those_people_praised_are_learnt_from(tmp_path, labels):
+    said = read_labels(labels)
+    assert len(praised_talks(said)) == 80 and all('sorry' in c.messages[-1].text for c in praised_talks(said))
+    talks = write_jsonl(tmp_path / 'rated.jsonl', [{'messages': [user(f'Where is {i}?'), agent('There.' if i % 2 else 'Here.')], 'id': f't{i}'} | ({'rating': i % 2} if i % 3 else {}) for i in range(90)])
+    rated = read_labels(talks)
+    assert len(rated) == 60 and {e.scale for e in rated} == {(0, 1)} and rated[0].group == 't1' and rated[0].prompt[0].text == 'Where is 1?'
+    assert f'conversations from {talks}' in plan(mini('x', labels=str(talks)))
+    with pytest.raises(DataError, match='none of 1 rows is a label'): read_labels(write_jsonl(tmp_path / 'bare.jsonl', [{'messages': [user('a'), agent('b')]}]))
+    with pytest.raises(DataError, match='line 1.*outside its scale'): read_labels(write_jsonl(tmp_path / 'high.jsonl', [{'messages': [user('a'), agent('b')], 'rating': 7}]))
+    with pytest.raises(DataError, match='label more'): plan(mini(tmp_path / 'r', conversations=str(talks), labels=str(write_jsonl(tmp_path / 'few.jsonl', [{'messages': [user('a'), agent('b')], 'rating': 4}]))))
+    assert not (tmp_path / 'r').exists()
+
 def test_who_was_trained_on_may_not_judge():
     class Unfit(HelpfulnessReward): for_verdict = False
     overlap = ReferenceOverlap()
@@ -202,9 +249,9 @@ def work(config, die=None):
         Path.rename, os.replace = deadly(Path.rename), deadly(os.replace)
     go(config, resume=True)
 
-@pytest.mark.parametrize('what', ['desk', 'logs'])
-def test_a_killed_run_comes_to_the_same_verdict(forks, tmp_path, logs, what):
-    kw, rng = {'conversations': str(logs)} if what == 'logs' else {}, random.Random(what)
+@pytest.mark.parametrize('what', ['desk', 'logs', 'labels'])
+def test_a_killed_run_comes_to_the_same_verdict(forks, tmp_path, logs, labels, what):
+    kw, rng = {'desk': {}, 'logs': {'conversations': str(logs)}, 'labels': {'labels': str(labels), 'reward': LEARN}}[what], random.Random(what)
     assert forks(work, mini(tmp_path / 'warm', **kw))[0] == 0
     code, took = forks(work, mini(tmp_path / 'whole', **kw))
     assert code == 0

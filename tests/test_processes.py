@@ -42,7 +42,7 @@ async def go():
     if how == 'resume': await t.load_checkpoint(last_checkpoint(out))
     return await rounds(t)
 log = asyncio.run(go())
-if os.environ.get('RANK', '0') == '0': print(json.dumps(log))
+if os.environ.get('RANK', '0') == '0': print(json.dumps(log), flush=True)
 '''
 
 def launch(tmp_path, start, way, how='run', out='two', n=2):

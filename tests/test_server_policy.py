@@ -1,5 +1,5 @@
 """A policy behind a real HTTP server on loopback, asked by the real client: what comes back is exact to the token, and whatever is not is refused by name."""
-import asyncio, json, math, sys, threading, time
+import asyncio, json, math, sys, time
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import Recorder
 from hypothesis import given, settings, strategies as st
+from provider_server import LoopbackServer, content
 
 from stateset_nb.agents import Agent, AgentConfig, MultiTurnAgent, PolicyBackend, ServerPolicy, _turn
 from stateset_nb.core import BackendError, ConfigError, DataError, Message, MissingDependency, StateSetError, stream
@@ -16,33 +17,13 @@ from stateset_nb.policy import ContextFull, Policy, SamplingParams, TemplateForm
 pytest.importorskip('openai')
 READS = 512
 
-class Server:
-    "OpenAI's completions as vLLM speaks them, in a thread with a loop of its own; one policy answers."
+class Server(LoopbackServer):
+    "OpenAI's completions as vLLM speaks them; one policy answers."
     def __init__(self, policy):
-        self.policy, self.asked, self.heads, self.dropped, self.open, self.most = policy, [], [], 0, 0, 0
-        self.delay, self.status, self.raw, self.mode = 0., 200, None, 'processed'
+        self.policy, self.delay, self.status, self.raw, self.mode = policy, 0., 200, None, 'processed'
         self.twist = lambda reply: reply                                     # what is changed in a reply
         self.cards = [{'id': 'desk', 'max_model_len': READS}]
-        self.loop, self.ready = asyncio.new_event_loop(), threading.Event()
-        self.thread = threading.Thread(target=self.run)
-        self.thread.start()
-        self.ready.wait(10)
-
-    def run(self):
-        asyncio.set_event_loop(self.loop)
-        self.server = self.loop.run_until_complete(asyncio.start_server(self.talk, '127.0.0.1', 0))
-        self.url = f'http://127.0.0.1:{self.server.sockets[0].getsockname()[1]}/v1'
-        self.ready.set()
-        self.loop.run_forever()
-        self.server.close()
-        rest = asyncio.all_tasks(self.loop)
-        for t in rest: t.cancel()
-        self.loop.run_until_complete(asyncio.gather(*rest, return_exceptions=True))
-        self.loop.close()
-
-    def stop(self):
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
+        super().__init__()
 
     async def completion(self, b):
         await asyncio.sleep(self.delay)
@@ -57,33 +38,17 @@ class Server:
     async def answer(self, path, body):
         "(status, bytes)"
         if path == '/v1/models': return 200, json.dumps({'object': 'list', 'data': self.cards}).encode()
-        self.asked.append(json.loads(body))
+        self.asked.append(body)
         if self.status != 200: return self.status, b'{"error": {"message": "no, thank you", "type": "Refused"}}'
         if self.raw is not None: return 200, self.raw
-        return 200, json.dumps(await self.completion(self.asked[-1])).encode()
+        return 200, json.dumps(await self.completion(body)).encode()
 
-    async def talk(self, reader, writer):
-        "One connection: many requests, and an eye on whether the other side still listens."
-        try:
-            while head := (await reader.readuntil(b'\r\n\r\n')).decode():
-                self.heads.append(head)
-                length = next((int(l.split(':')[1]) for l in head.split('\r\n') if l.lower().startswith('content-length')), 0)
-                body = await reader.readexactly(length)
-                self.open += 1; self.most = max(self.most, self.open)
-                work, gone = asyncio.ensure_future(self.answer(head.split()[1], body)), asyncio.ensure_future(reader.read(1))
-                try:
-                    await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
-                    if not work.done(): self.dropped += 1; return
-                    status, said = work.result()
-                    writer.write(b'HTTP/1.1 %d X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n' % (status, len(said) + (self.raw == b'{"cut')) + said)
-                    await writer.drain()
-                    if self.raw == b'{"cut': return
-                finally:
-                    self.open -= 1
-                    for t in (work, gone): t.cancel()
-                    await asyncio.gather(work, gone, return_exceptions=True)
-        except (asyncio.IncompleteReadError, ConnectionError): pass
-        finally: writer.close()
+    async def reply(self, writer, path, body):
+        status, said = await self.answer(path, body)
+        cut = self.raw == b'{"cut'
+        writer.write(content(said, status, length=len(said) + cut))
+        await writer.drain()
+        return cut
 
 def soon(awaitable, seconds=60):
     "Run, and fail rather than hang."
@@ -223,7 +188,7 @@ def test_a_server_that_goes_on_after_the_end(server):
 def test_a_status_is_told_and_not_tried_again(server, status, match):
     server.status, p = status, served(server)
     with pytest.raises(BackendError, match=match) as e: soon(used(p, p.sample(ask(server.policy), SamplingParams(8))))
-    assert len(server.asked) == 1 and e.value.__cause__.status_code == status
+    assert len(server.asked) == 1 and e.value.status == status and e.value.__cause__ is None
 
 @pytest.mark.parametrize('raw,match', [(b'{"choices": [{"token_ids": [1, 2', 'not JSON.*cut off'), (b'{"cut', 'cannot be reached'), (b'', 'not JSON'), (b'<html>', 'not JSON'),
                                        (b'[' * 100_000, 'not JSON'), (b'\xff\xfe', 'not JSON'), (b'null', 'expected one completion')], ids=['cut', 'cut line', 'empty', 'page', 'deep', 'bytes', 'null'])

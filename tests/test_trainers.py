@@ -673,6 +673,10 @@ def test_checkpoints_are_kept_counted_and_never_pickles(start, tmp_path):
     late = trainer_of(start, replace(BASE, num_episodes=5, save_steps=2), out)
     soon(late.load_checkpoint(out / 'checkpoint-4'))
     with pytest.raises(ConfigError, match='holds checkpoint-5'): soon(late.train())
+    (out / 'checkpoint-4').rename(out / 'checkpoint-3')  # as a run leaves it that was killed between the writing of one and the removal of another
+    last = trainer_of(start, replace(BASE, num_episodes=5, save_steps=2, save_total_limit=1), out)
+    soon(last.load_checkpoint(out / 'checkpoint-5')); soon(last.train())
+    assert last_checkpoint(out).name == 'checkpoint-5' and not (out / 'checkpoint-3').exists()
 
 @pytest.mark.parametrize('greater', [True, False])
 def test_the_best_checkpoint_is_never_pruned(start, tmp_path, greater):

@@ -9,7 +9,7 @@ from stateset_nb.environments import ConversationEnvironment, ScriptedUser, Supp
 from stateset_nb.policy import CompactFormat, TinyConfig, load_policy, save_policy, tiny_policy
 from stateset_nb.rewards import HelpfulnessReward, RewardFunction, RewardResult, reward_function
 from stateset_nb.trainers import MultiTurnGRPOTrainer, TrainingConfig, TrainingRun
-from stateset_nb.trl_bridge import _KNOBS, _UNMAPPED, as_hf_callback, as_trl_reward, to_grpo_config, trl_knobs, trl_trainer
+from stateset_nb.trl_bridge import _KNOBS, _UNMAPPED, as_hf_callback, to_grpo_config, trl_knobs, trl_trainer
 
 pytestmark = [pytest.mark.filterwarnings('ignore:.*gradient_checkpointing.*:FutureWarning'), pytest.mark.filterwarnings('ignore:None of the inputs have requires_grad:UserWarning')]  # TRL's, of transformers
 TEMPLATE = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% if m['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -218,7 +218,7 @@ def test_single_answers_are_generated_by_trl_and_scored_by_us(trl, tmp_path):
     assert len(seen) == 16 and all([m.role for m in turns] == ['user', 'assistant'] and context.scenario.id.startswith('hello-') for turns, context in seen)
 
 def test_rewards_as_trl_calls_them():
-    f = as_trl_reward(HelpfulnessReward())
+    f = HelpfulnessReward()
     g = pickle.loads(pickle.dumps(f))
     talks = ([[{'role': 'user', 'content': 'Where is it?'}]] * 2, [[{'role': 'assistant', 'content': 'It is on its way and arrives tomorrow.'}], [{'role': 'assistant', 'content': ''}]])
     res = asyncio.run(f(*talks))
@@ -230,7 +230,7 @@ def test_an_answer_that_cannot_be_scored_is_none_and_all_of_them_an_error(caplog
     def picky(turns):
         if not turns[-1].text: raise ValueError('empty')
         return 1.
-    f = as_trl_reward(picky)
+    f = picky
     assert asyncio.run(f(['a', 'b', 'c'], ['x', '', 'z'])) == [1., None, 1.] and '1 of 3 answers have no reward' in caplog.text
     with pytest.raises(StateSetError, match='empty'): asyncio.run(f(['a', 'b'], ['', '']))
 

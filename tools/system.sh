@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Installs Chromium on Debian and Ubuntu, unless there is a browser that the site's tests can drive.
+# Installs on Debian and Ubuntu what the tests drive and is not there yet: a browser, and PostgreSQL's server.
 set -euo pipefail
-for b in chromium chromium-browser google-chrome; do
-    if command -v $b >/dev/null; then exit; fi
-done
+have() { for c in "$@"; do if command -v "$c" >/dev/null; then return; fi; done; return 1; }
+lack=()
+have chromium chromium-browser google-chrome || lack+=(chromium)
+have initdb || compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || lack+=(postgresql)
+if [ ${#lack[@]} = 0 ]; then exit; fi
 sudo=(); if [ "$(id -u)" != 0 ]; then sudo=(sudo); fi
 ${sudo[@]+"${sudo[@]}"} apt-get update -q
-${sudo[@]+"${sudo[@]}"} apt-get install -y -q --no-install-recommends chromium
+${sudo[@]+"${sudo[@]}"} apt-get install -y -q --no-install-recommends "${lack[@]}"
