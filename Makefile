@@ -40,14 +40,15 @@ check: $(ready) ## seconds: modules and notebooks agree, ruff, mypy
 check-outputs: $(ready) ## minutes: run every notebook and compare with the outputs it stores
 	@python tools/nbrun.py --check nbs
 
-bench: $(ready) ## the figures of the demo, of the engine beside TRL, of learnt rewards, the store and monitoring, short
+bench: $(ready) ## the figures of the demo, of the engine beside TRL, of learnt rewards, the store, monitoring and the widget, short
 	@python benchmarks/support_desk.py --quick
 	@python benchmarks/engine.py --quick
 	@python benchmarks/reward.py --quick
 	@python benchmarks/store.py --quick
 	@python benchmarks/monitoring.py --quick
+	@python benchmarks/widgets.py --quick
 
-bench-full: $(ready) ## every seed and rival of the demo, every case of the engine, credit over turns, learnt rewards on real labels, store, labelling, monitoring (long)
+bench-full: $(ready) ## every seed and rival of the demo, every case of the engine, credit over turns, learnt rewards on real labels, store, labelling, monitoring, widget (long)
 	@python benchmarks/support_desk.py
 	@python benchmarks/engine.py
 	@python benchmarks/credit.py
@@ -55,6 +56,7 @@ bench-full: $(ready) ## every seed and rival of the demo, every case of the engi
 	@python benchmarks/labelling.py
 	@python benchmarks/store.py
 	@python benchmarks/monitoring.py
+	@python benchmarks/widgets.py
 
 system:         ## Debian and Ubuntu: install what the tests drive: browser, PostgreSQL, Prometheus, Alertmanager
 	@tools/system.sh

@@ -182,19 +182,75 @@ class TrainingProfile(Enum):
     TINY = {'learning_rate': 5e-4, 'lr_scheduler_type': 'linear', 'prompts_per_step': 16, 'max_completion_length': 48}  # for models made on the spot
 
 # %% ../nbs/32_trainers.ipynb #98d26b84
-class TrainingRun:
-    "The handle of a run: start, pause, resume, stop, knobs, listeners. May be used from any thread."
+class _Wishes:
+    "What is asked of a run until its next boundary, and what was done."
+    requests: Sequence[str] = ('checkpoint', 'evaluate')  # what may be asked for between rounds
     knobs = {k: _RANGES[k] for k in ('learning_rate', 'temperature', 'epsilon', 'epsilon_high', 'beta', 'entropy_coef', 'max_grad_norm')}  # name -> (what it may be, in words)
 
-    def __init__(self) -> None:
-        self.state = 'ready'                      # 'ready', 'running', 'paused', 'stopped' or 'done'
+    def __init__(self, replay: Iterable[tuple[int, str, float]] = ()) -> None:
         self.pending: dict[str, float] = {}       # knobs turned since the last boundary
+        self.asked: list[str] = []                # what was asked for since then
+        self.step = 0                             # rounds done at that boundary
+        self.turned: list[tuple[int, str, float]] = []  # every knob that was turned: rounds done, name, value
+        self.replay = list(replay)                # knobs that turn by themselves
         self.lock = threading.Lock()
+        for _, name, value in self.replay: self._check(name, value)
+
+    def _check(self, name: str, value: float) -> None:
+        check_keys([name], self.knobs, 'TrainingRun', ConfigError)
+        _in_range(name, value, self.knobs[name])
+
+    def set_knob(
+        self,
+        name: str,      # one of `TrainingRun.knobs`
+        value: float,   # its new value, from the next boundary on; raises `ConfigError` when it may not be that
+    ) -> None:
+        "Change a setting while the run goes on."
+        self._check(name, value)
+        with self.lock: self.pending = self.pending | {name: value}
+
+    def request(
+        self,
+        what: str,  # one of `requests`; raises `ConfigError` when this run cannot serve it
+    ) -> None:
+        "Ask for something at the next boundary, also while paused."
+        if what not in self.requests: raise ConfigError(f'{what!r} — this run serves {", ".join(self.requests) or "no requests"} — a checkpoint needs output_dir, an evaluation `evaluate`')
+        with self.lock: self.asked = [*self.asked, *{what} - {*self.asked}]
+
+    def take_requests(self) -> list[str]:  # what was asked for
+        "Called by the trainer after the gate: it serves what was asked for."
+        with self.lock: asked, self.asked = self.asked, []
+        return asked
+
+    def _take_knobs(self) -> dict[str, float]:
+        with self.lock:
+            turned, self.pending = {name: v for at, name, v in self.replay if at == self.step} | self.pending, {}
+            self.replay = [r for r in self.replay if r[0] > self.step]
+            self.turned += [(self.step, name, v) for name, v in turned.items()]
+        return turned
+
+# %% ../nbs/32_trainers.ipynb #edde0595
+class TrainingRun(_Wishes):
+    "The handle of a run: start, pause, resume, stop, knobs, requests, listeners. May be used from any thread."
+    def __init__(
+        self,
+        replay: Iterable[tuple[int, str, float]] = (),  # knobs to turn by themselves: `turned` of another run
+    ) -> None:
+        super().__init__(replay)
+        self.state = 'ready'  # 'ready', 'running', 'paused', 'stopped' or 'done'
         self.listeners: list[Callable[[str, dict[str, Any]], None]] = []  # called with (event, details)
+
+    def tell(
+        self,
+        event: str,      # what happened: a state, or 'knobs', 'episodes', 'saved', 'evaluated', 'ended'
+        **details: Any,  # about it
+    ) -> None:
+        "Call the listeners, in the thread that is at work."
+        for f in self.listeners: f(event, details)
 
     def _to(self, state: str, **details: Any) -> None:
         self.state = state
-        for f in self.listeners: f(state, details)
+        self.tell(state, **details)
 
     def start(self) -> None:
         "Begin."
@@ -218,20 +274,16 @@ class TrainingRun:
         "End at the next boundary; what was learnt is kept."
         self._to('stopped', reason=reason)
 
-    def set_knob(
+    async def gate(
         self,
-        name: str,      # one of `TrainingRun.knobs`
-        value: float,   # its new value, from the next boundary on; raises `ConfigError` when it may not be that
-    ) -> None:
-        "Change a setting while the run goes on."
-        check_keys([name], self.knobs, 'TrainingRun', ConfigError)
-        _in_range(name, value, self.knobs[name])
-        with self.lock: self.pending = self.pending | {name: value}
-
-    async def gate(self) -> dict[str, Any]:  # the knobs that were turned since the last boundary
-        "Called by the trainer at a boundary: waits while paused, hands over the knobs that were turned."
-        while self.state == 'paused': await asyncio.sleep(0.02)
-        with self.lock: turned, self.pending = self.pending, {}
+        step: int | None = None,  # rounds done; None leaves what was said last
+    ) -> dict[str, Any]:          # the knobs that were turned since the last boundary
+        "Called by the trainer at a boundary: waits while paused and nothing is asked for, hands over the knobs that were turned."
+        if step is not None: self.step = step
+        while self.state == 'paused' and not self.asked: await asyncio.sleep(0.02)
+        if self.state == 'paused': return {}
+        if turned := self._take_knobs(): self.tell('knobs', step=self.step, values=turned)
+        if self.state == 'stopped': self.tell('ended')
         return turned
 
 # %% ../nbs/32_trainers.ipynb #1a470313
@@ -767,9 +819,11 @@ def learn(
     step: int = 0,                       # the round, from 0; for the schedule
     head: ValueHead | None = None,       # for turn_credit='gae'; it learns too
     processes: Processes | None = None,  # that learn together, each from all episodes
+    told: Callable[..., None] | None = None,  # hears `values=`, what was expected, as `credit` takes it
 ) -> dict[str, float]:                   # loss, gradient, distances
     "Move the weights by what the comparison says, with siblings or with what was expected."
     values, seen = ([], {}) if head is None else _learn_values(policy, head, groups, config)
+    if told is not None: told(values=values)
     rows = [r for r in make_rows(groups, config, values) if any(r.mask)]
     n_sequences, n_tokens = max(len(rows), 1), max(sum(sum(r.mask) for r in rows), 1)
     todo = [r for r in rows if config.beta or config.entropy_coef or config.loss_type == 'bnpo' or any(r.advantages)]  # bnpo divides by the tokens at hand, so it must see them all
@@ -940,10 +994,37 @@ def _judged(metrics: dict[str, float], step: int, c: TrainingConfig) -> float | 
     return v if (v := metrics.get(name)) is not None and math.isfinite(v) else None
 
 # %% ../nbs/32_trainers.ipynb #e5f61e8f
-class _Rounds(_Resumable):
+class _Between(_Resumable):
+    "What may be done between rounds."
+    run: TrainingRun; evaluate: Callable[[Agent], Awaitable[dict[str, float]]] | None
+
+    async def _ask(self, policy: Policy) -> dict[str, float]:
+        "What `evaluate` says; the first process asks for all."
+        if self.evaluate is None: return {}
+        with gathered(policy): found = await self.evaluate(self.agent) if self.processes.first else {}
+        return {f'eval/{k}': v for k, v in self.processes.gather(found)[0].items()}
+
+    def _prune(self) -> None:
+        "Remove old checkpoints."
+        if self.log is not None and self.processes.first: self.log.prune(self.config.save_total_limit, best_checkpoint(self.log.folder) if self.config.metric_for_best_model else None)
+
+    def _keep(self, log: RunLog) -> None:
+        "A checkpoint of this round; old ones go."
+        path = self.save_checkpoint(log.folder / f'checkpoint-{self.step}')
+        self._prune()
+        self.run.tell('saved', step=self.step, path=str(path))
+
+    async def _serve(self, asked: Sequence[str], policy: Policy) -> None:
+        "Do what was asked for between two rounds."
+        if 'checkpoint' in asked and self.log is not None: self._keep(self.log)
+        if 'evaluate' in asked: self.run.tell('evaluated', step=self.step, metrics=await self._ask(policy))
+
+
+
+# %% ../nbs/32_trainers.ipynb #b9e269ec
+class _Rounds(_Between):
     "One round of a trainer: play, learn, evaluate, record."
-    environment: Environment; reward_fn: RewardFunction | None; scenarios: list[Scenario]; run: TrainingRun
-    evaluate: Callable[[Agent], Awaitable[dict[str, float]]] | None; callbacks: list[TrainerCallback]
+    environment: Environment; reward_fn: RewardFunction | None; scenarios: list[Scenario]; callbacks: list[TrainerCallback]
     sampler: Sampler | None; sync: Callable[[Policy], Awaitable[None]] | None
     single_turn = False
 
@@ -982,7 +1063,8 @@ class _Rounds(_Resumable):
         times.append(time.perf_counter())
         if not c.micro_batch_tokens: c = self._fit(policy, kept)
         said = np.sum(self.processes.gather((engine.entropy - entropy, engine.drawn - drawn)), 0)
-        metrics = play_metrics(groups, c) | ({'entropy': float(said[0] / said[1])} if said[1] else {}) | learn(policy, self.reference, self.optimizer, kept, c, self.step, self.head, self.processes)
+        told = partial(self.run.tell, 'episodes', step=self.step + 1, groups=kept, config=c, tokenizer=policy.tokenizer)
+        metrics = play_metrics(groups, c) | ({'entropy': float(said[0] / said[1])} if said[1] else {}) | learn(policy, self.reference, self.optimizer, kept, c, self.step, self.head, self.processes, told)
         if self.sync is not None: await self.sync(policy)
         times.append(time.perf_counter())
         metrics |= {'learning_rate': learning_rate_at(self.step, c), 'time/rollout': times[1] - times[0], 'time/update': times[2] - times[1]} | {f'knobs/{k}': v for k, v in turned.items()}
@@ -1002,12 +1084,6 @@ class _Rounds(_Resumable):
         if rows: self.settings = replace(c, micro_batch_tokens=min(self.processes.gather(fitting_tokens(policy, rows, c))), memory_limit=0.)
         return self.settings
 
-    async def _ask(self, policy: Policy) -> dict[str, float]:
-        "What `evaluate` says; the first process asks for all."
-        if self.evaluate is None: return {}
-        with gathered(policy): found = await self.evaluate(self.agent) if self.processes.first else {}
-        return {f'eval/{k}': v for k, v in self.processes.gather(found)[0].items()}
-
     @torch.no_grad()
     def _follow(self, policy: Policy) -> None:
         "Move the reference towards the policy (TR-DPO, arXiv 2404.09656, section 3)."
@@ -1025,13 +1101,7 @@ class _Rounds(_Resumable):
         for cb in self.callbacks if self.processes.first else (): cb.on_log(self.step, metrics)
         if self.log is None: return
         if self.processes.first: self.log.write(self.step, metrics, groups)
-        if self.step == self.config.num_episodes or (self.config.save_steps and self.step % self.config.save_steps == 0):
-            self.save_checkpoint(self.log.folder / f'checkpoint-{self.step}')
-            self._prune()
-
-    def _prune(self) -> None:
-        "Remove old checkpoints."
-        if self.log is not None and self.processes.first: self.log.prune(self.config.save_total_limit, best_checkpoint(self.log.folder) if self.config.metric_for_best_model else None)
+        if self.step == self.config.num_episodes or (self.config.save_steps and self.step % self.config.save_steps == 0): self._keep(self.log)
 
 # %% ../nbs/32_trainers.ipynb #01698ece
 def _knob_rules(c: TrainingConfig) -> dict[str, _Rule]:
@@ -1070,6 +1140,7 @@ class MultiTurnGRPOTrainer(_Rounds):
         self.sampler, self.sync = sampler, sync
         self.evaluate, self.callbacks, self.run = evaluate, list(callbacks), run or TrainingRun()
         self.run.knobs = self.run.knobs | _knob_rules(self.config)
+        self.run.requests = [what for what, there in (('checkpoint', output_dir), ('evaluate', evaluate)) if there is not None]
         gates = [g for r in (reward_parts(reward_fn) if reward_fn is not None else []) if isinstance(r, CompositeReward) for g in r.gates]
         if gates and self.config.multi_objective_aggregation == 'normalize_then_sum':
             raise ConfigError(f"gates={gates} with multi_objective_aggregation='normalize_then_sum' — a gate multiplies, and parts that are compared one by one have no product — leave one of them out")
@@ -1086,7 +1157,9 @@ class MultiTurnGRPOTrainer(_Rounds):
         if self.run.state in ('ready', 'done'): self.run.start()
         if self.sync is not None: await self.sync(self.policy)
         while self.step < self.config.num_episodes:
-            turned, state = self.processes.gather((await self.run.gate(), self.run.state))[0]   # the first one's run decides
+            turned, state, asked = self.processes.gather((await self.run.gate(self.step), self.run.state, self.run.take_requests()))[0]   # the first one's run decides
+            await self._serve(asked, self.policy)
+            if state == 'paused' and not turned: continue
             if state == 'stopped':
                 if self.log is not None: self.save_checkpoint(self.log.folder / f'checkpoint-{self.step}')
                 return
@@ -1094,6 +1167,7 @@ class MultiTurnGRPOTrainer(_Rounds):
             try: metrics = await self._round(self.policy, turned)
             except Exception as e:
                 self.run.stop(f'{type(e).__name__}: {e}')
+                self.run.tell('ended')
                 raise
             yield metrics
         self.run._to('done')

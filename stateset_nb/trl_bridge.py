@@ -194,23 +194,33 @@ def _turn(turned: dict[str, float], args: Any, optimizer: Any, lr_scheduler: Any
         lr_scheduler.base_lrs[i] = turned['learning_rate']
 
 # %% ../nbs/33_trl_bridge.ipynb #04522ea6
+def _boundary(run: TrainingRun, step: int) -> tuple[dict[str, float], bool, list[str]]:
+    "What a run says at a boundary: the knobs turned, whether it is over, what was asked for. TRL serves that only after a pause."
+    asked: list[str] = []
+    while True:
+        turned = run_sync(run.gate(step))
+        asked += run.take_requests()
+        if turned or run.state != 'paused': return turned, run.state == 'stopped', asked
+
+# %% ../nbs/33_trl_bridge.ipynb #72b0e2fd
 def _as_gate(run: TrainingRun) -> Any:
     "A transformers callback that asks a run at every boundary."
     from transformers import TrainerCallback as HFCallback
     if run.state == 'stopped': raise ConfigError('this run was stopped before it began — TRL would still make an update — use a new TrainingRun')
-    run.knobs = {k: v for k, v in run.knobs.items() if k in ('learning_rate', 'max_grad_norm')}
+    run.knobs, run.requests = {k: v for k, v in run.knobs.items() if k in ('learning_rate', 'max_grad_norm')}, ['checkpoint']
 
     class Gate(HFCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
             if run.state in ('ready', 'done'): run.start()
 
         def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None, **kw: Any) -> None:
-            said: list[Any] = [(run_sync(run.gate()), run.state == 'stopped') if state.is_world_process_zero else None]
+            said: list[Any] = [_boundary(run, state.global_step) if state.is_world_process_zero else None]
             if args.world_size > 1:
                 from accelerate.utils import broadcast_object_list
                 broadcast_object_list(said)
-            turned, stopped = said[0]
+            turned, stopped, asked = said[0]
             _turn(turned, args, optimizer, lr_scheduler)
+            control.should_save = control.should_save or 'checkpoint' in asked
             if stopped: control.should_training_stop, control.should_save = True, args.save_strategy != 'no'
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:

@@ -518,9 +518,9 @@ def test_learning_rates_rise_and_fall():
 class Watched(TrainingRun):
     "Says when the trainer waits at its gate."
     def __init__(self): super().__init__(); self.waits = threading.Event()
-    async def gate(self):
+    async def gate(self, step=None):
         if self.state == 'paused': self.waits.set()
-        return await super().gate()
+        return await super().gate(step)
 
 class Log:
     "A callback that lets other threads follow."
@@ -532,7 +532,7 @@ class Log:
 
 def test_a_run_is_led_from_another_thread(start, tmp_path):
     run, log, events = Watched(), Log(), []
-    run.listeners.append(lambda state, more: events.append(state))
+    run.listeners.append(lambda event, more: events.append(event) if event in ('running', 'paused', 'stopped', 'done') else None)
     t = trainer_of(start, replace(BASE, num_episodes=10_000, learning_rate=1e-4), tmp_path / 'r', run=run, callbacks=[log])
     th = threading.Thread(target=lambda: asyncio.run(t.train()))
     th.start()
@@ -570,6 +570,49 @@ def test_knobs_are_settings_and_a_reference_is_needed_for_beta(start):
     with pytest.raises(ConfigError, match='keeps no reference'): trainer_of(start).run.set_knob('beta', .2)
     TrainingRun().set_knob('beta', .2)
     soon(t.train())
+
+def test_what_is_asked_for_is_served_between_rounds_also_in_a_pause(start, tmp_path):
+    async def ask(agent): return {'success': .5}
+    run, log, told, served = Watched(), Log(), [], threading.Event()
+    def hear(event, more):
+        told.append((event, more))
+        if event == 'evaluated': served.set()
+    run.listeners.append(hear)
+    t = trainer_of(start, replace(BASE, num_episodes=10_000, learning_rate=1e-4), tmp_path / 'r', run=run, callbacks=[log], evaluate=ask)
+    th = threading.Thread(target=lambda: asyncio.run(t.train()))
+    th.start()
+    try:
+        log.wait(1)
+        run.pause()
+        assert run.waits.wait(60)
+        n = len(log.rows)
+        run.request('checkpoint'); run.request('evaluate'); run.set_knob('temperature', .5)
+        assert served.wait(60) and run.state == 'paused' and len(log.rows) == n and run.pending == {'temperature': .5}
+        assert (tmp_path / 'r' / f'checkpoint-{n}' / 'trainer.json').is_file()
+        run.resume()
+        log.wait(n + 1)
+    finally:
+        run.stop()
+        th.join(60)
+    heard = dict(told)
+    assert heard['evaluated'] == {'step': n, 'metrics': {'eval/success': .5}} and run.turned == [(n, 'temperature', .5)] and told[-1][0] == 'ended'
+    assert heard['episodes']['groups'] and heard['episodes']['step'] == len(log.rows) and heard['episodes']['tokenizer'] is t.policy.tokenizer
+    with pytest.raises(ConfigError, match='needs output_dir'): trainer_of(start).run.request('checkpoint')
+
+def test_a_steered_run_can_be_played_again(start):
+    c, log, again = replace(BASE, num_episodes=4), Log(), Log()
+    t = trainer_of(start, c, callbacks=[log])
+    async def steered():
+        async for _ in t.steps():
+            if t.step == 2: t.run.set_knob('temperature', .7); t.run.set_knob('learning_rate', 9e-3)
+    soon(steered())
+    assert t.run.turned == [(2, 'temperature', .7), (2, 'learning_rate', 9e-3)]
+    soon(trainer_of(start, c, callbacks=[again], run=TrainingRun(replay=t.run.turned)).train())
+    assert [no_time(m) for _, m in again.rows] == [no_time(m) for _, m in log.rows]
+    plain = Log()
+    soon(trainer_of(start, c, callbacks=[plain]).train())
+    assert [no_time(m) for _, m in plain.rows][:2] == [no_time(m) for _, m in log.rows][:2] and no_time(plain.rows[2][1]) != no_time(log.rows[2][1])
+    with pytest.raises(ConfigError, match='did you mean'): TrainingRun(replay=[(1, 'temperatur', 1.)])
 
 def test_stopped_before_it_began_and_begun_again(start):
     t = trainer_of(start)

@@ -1,5 +1,5 @@
 """The bridge to TRL: settings, episodes and gradients beside those of our own trainers; rewards, callbacks, adapters, and a round on two processes."""
-import asyncio, copy, functools, gc, os, pickle, subprocess, sys, threading
+import asyncio, copy, functools, gc, os, pickle, subprocess, sys, threading, time
 from dataclasses import replace
 import pytest, torch
 from conftest import ROOT, Recorder, lacking
@@ -267,6 +267,28 @@ def test_a_run_that_ends_by_itself_is_done_and_its_checkpoint_is_there(trl, tmp_
     by_trl(toy(), talk(2), odd, replace(SMALL, num_episodes=3), tmp_path, callbacks=[run], save_strategy='steps')
     assert run.state == 'done' and sorted(p.name for p in tmp_path.glob('checkpoint-*')) == ['checkpoint-3']
     with pytest.raises(ConfigError): run.set_knob('temperature', .5)
+
+def test_the_training_widget_leads_trl_as_it_leads_our_trainers(trl, tmp_path):
+    from stateset_nb.widgets import watch_hf_training
+    from transformers import PrinterCallback
+    t = trl_trainer(toy(), talk(2), odd, replace(SMALL, num_episodes=500), output_dir=tmp_path, use_cpu=True, disable_tqdm=True, save_strategy='no')
+    t.remove_callback(PrinterCallback)
+    w = watch_hf_training(t)
+    def press(kind, **more): return w.handle({'kind': kind, **more})
+    def until(true):
+        end = time.monotonic() + 120
+        while not true(): assert time.monotonic() < end; time.sleep(.01)
+    assert press('start')['ok']
+    until(lambda: w.history.step >= 2)
+    press('pause')
+    assert press('knob', name='learning_rate', value=5e-3)['ok'] and not press('knob', name='temperature', value=.5)['ok'] and press('request', what='checkpoint')['ok']
+    until(lambda: w.run.state == 'paused'); press('resume')
+    until(lambda: w.history.knobs == {'learning_rate': 5e-3})
+    at, = (step for step, _, _ in w.run.turned)
+    until(lambda: w.history.step >= at + 2)
+    assert press('stop')['ok']; w.wait(120)
+    assert w.view()['state'] == 'stopped' and w.history.step == t.state.global_step < 100 and (tmp_path / f'checkpoint-{at}').is_dir()
+    assert t.optimizer.param_groups[0]['lr'] == 5e-3 and {'reward', 'reward_std', 'kl' if t.args.beta else 'loss', 'grad_norm'} <= set(w.history.table.columns)
 
 def test_taken_up_again_it_plays_the_rounds_that_are_left(trl, tmp_path):
     config, book, again = replace(SMALL, num_episodes=4, save_steps=2), Book(), Book()

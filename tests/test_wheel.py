@@ -28,6 +28,8 @@ def test_wheel_holds_the_package_only(built, root):
     assert {n.split('/')[0] for n in names if '.dist-info' not in n}=={'stateset_nb'}
     assert {n for n in names if n.endswith('.py')}=={f'stateset_nb/{f.name}' for f in (root/'stateset_nb').glob('*.py')}
     assert {'stateset_nb/py.typed', *(f'stateset_nb/data/{f.name}' for f in (root/'stateset_nb'/'data').iterdir())}<=set(names)
+    front = [f for f in (root/'stateset_nb'/'static').rglob('*') if f.is_file()]
+    assert {f.relative_to(root).as_posix() for f in front}<=set(names) and {'LICENSE.uPlot', 'uPlot.iife.min.js', 'kit.js'}<={f.name for f in front}
 
 def test_wheel_says_what_it_needs(built):
     wheel = zipfile.ZipFile(next(built.glob('*.whl')))
