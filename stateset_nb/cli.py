@@ -224,8 +224,8 @@ def _settings(file: str | None, options: dict[str, Any]) -> Any:
     "The settings of a run: defaults, then the file, then the options that were given."
     changes = read_config(file) if file is not None else {}
     from stateset_nb.flywheel import ImproveConfig
-    told = {k: v for k in ('model', 'conversations', 'labels') if isinstance(v := options.get(k) or changes.get(k), str)}  # how to practise depends on them
-    config = override_config(ImproveConfig(**told), changes, str(file))
+    told: dict[str, Any] = {k: v for k in ('model', 'conversations', 'labels') if isinstance(v := options.get(k) or changes.get(k), str)}
+    config = override_config(ImproveConfig(**told), changes, str(file))  # how it practises unless told depends on these
     return override_config(config, {k: v for k, v in options.items() if v is not None}, 'command line')
 
 # %% ../nbs/52_cli.ipynb #d934f386

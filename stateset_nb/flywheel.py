@@ -36,10 +36,9 @@ def practice_for(
     desk: bool = False, # does it practise on the built-in support desk?
 ) -> TrainingConfig:    # to begin with
     "How a model practises unless told otherwise."
-    if model != 'tiny': profile, how = TrainingProfile.BALANCED, {'num_episodes': 50}
-    elif desk: profile, how = TrainingProfile.TINY, {'num_episodes': 40, 'num_iterations': 2, 'learning_rate': 1e-3}
-    else: profile, how = TrainingProfile.TINY, {'num_episodes': 70}
-    return TrainingConfig.from_profile(profile, **{'save_steps': 10, 'save_total_limit': 1, **how})
+    profile, rounds = (TrainingProfile.BALANCED, 50) if model != 'tiny' else (TrainingProfile.TINY, 40 if desk else 70)
+    c = TrainingConfig.from_profile(profile, num_episodes=rounds, save_steps=10, save_total_limit=1)
+    return replace(c, num_iterations=2, learning_rate=1e-3) if model == 'tiny' and desk else c
 
 # %% ../nbs/44_flywheel.ipynb #96428108
 @dataclass(frozen=True)
