@@ -6,10 +6,10 @@
 
 **Detectors.** A small policy that clones replies of one to six words is trained by `SingleTurnGRPOTrainer` on six questions; in round 22 something is broken, in the run itself and not in its
 numbers (the one exception is said in the table: our trainers stop at a NaN by themselves, so it is written into the metrics, as TRL logs it). A fault is seen when its detector fires within 20
-rounds. Every alert in a healthy run, and every one before round 22, is a false page. The limits in `DETECTORS` were set on the even seeds: at the geometric mean of the strongest
+rounds. Every alert in a healthy run, and every one before round 22, is a false page. The limits in `DETECTORS` were set on one half of the seeds: at the geometric mean of the strongest
 signal of healthy runs and the weakest of the fault, rounded (half of the weakest where healthy runs give none); those that say yes or no, and the share of groups that agree, keep limits of
 their meaning, and that of entropy is set higher, since a small policy that learns fast halves it in good health.
-Reported is what they do on the odd seeds.
+Reported is what they do on the other half, which was run after limits and signals were settled and changed neither.
 
 **Cost.** Process CPU time, the best of several repeats; single calls of `log_metric` by the wall clock, since a page that waits is what hurts.
 """
@@ -118,6 +118,8 @@ async def run(desk, fault=None) -> list[dict]:
         log.append(m | (said or {}))
         if fault is not None and len(log) >= BREAK: said = fault(desk, len(log) - BREAK)
     return log
+
+SEEDS = {'train': [0, 2, 4, 6, 8], 'test': [10, 11, 12, 13, 14]}  # those that set the limits, and those that judge them
 
 def runs(seeds, rounds_healthy) -> list[dict]:
     policy, res = clerk(), []
@@ -258,8 +260,7 @@ def main(argv=None) -> None:
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     p.add_argument('--part', choices=('detectors', 'cost'))
     p.add_argument('--quick', action='store_true')
-    p.add_argument('--seeds', type=int, default=10)
-    p.add_argument('--logs', type=Path, help='where the logs of the runs are kept; taken from there when they are there')
+    p.add_argument('--logs', type=Path, help='where the logs of the runs are kept; seeds that are there are not run again')
     args = p.parse_args(argv)
     torch.set_num_threads(1)
     out = HERE / 'results' / ('tmp' if args.quick else '')
@@ -267,12 +268,11 @@ def main(argv=None) -> None:
     doc = json.loads(file.read_text()) if file.is_file() and args.part else {}
     doc |= {'schema': 1, 'machine': machine()}
     if args.part != 'cost':
-        seeds = list(range(2 if args.quick else args.seeds))
-        if args.logs and args.logs.is_file(): records = json.loads(args.logs.read_text())
-        else:
-            records = runs(seeds, 30 if args.quick else 40)
-            if args.logs: write_text(args.logs, json.dumps(records))
-        doc |= {'seeds': {'train': seeds[::2], 'test': seeds[1::2]}, 'train': judge([r for r in records if r['seed'] % 2 == 0]), 'test': judge([r for r in records if r['seed'] % 2])}
+        seeds = {'train': [0], 'test': [10]} if args.quick else SEEDS
+        records = json.loads(args.logs.read_text()) if args.logs and args.logs.is_file() else []
+        records += runs(sorted({s for half in seeds.values() for s in half} - {r['seed'] for r in records}), 30 if args.quick else 40)
+        if args.logs: write_text(args.logs, json.dumps(records))
+        doc |= {'seeds': seeds} | {half: judge([r for r in records if r['seed'] in mine]) for half, mine in seeds.items()}
     if args.part != 'detectors': doc['cost'] = cost(20_000 if args.quick else 1_000_000, 2 if args.quick else 5)
     write_text(file, json.dumps(doc, indent=1))
     write_text(out / 'monitoring.md', markdown(doc))
