@@ -15,7 +15,7 @@ from .core import BackendError, ConfigError, Conversation, DataError, Message, R
 from .policy import SamplingParams
 from .agents import Answer
 from .rewards import EpisodeContext, RewardFunction, RewardResult
-from .stats import Interval
+from .stats import Interval, cohen_kappa
 
 if TYPE_CHECKING: from matplotlib.axes import Axes
 
@@ -640,16 +640,6 @@ class LLMJudgeRewardComponent(RewardFunction):
         marked = {'degraded': True, 'fallback': self.fallback.name, 'error': str(error)}
         return DegradedResult(r.score, components=r.components, explanation=f'not judged, by {self.fallback.name}: {r.explanation}', metadata=r.metadata | marked)
 
-# %% ../nbs/21_judge.ipynb #84f435bd
-def _kappa(x: NDArray[np.float64], y: NDArray[np.float64], nominal: bool = False) -> float:
-    "Cohen's kappa of two raters: of codes, or weighted by squared distance; NaN where both say the same of everything."
-    if nominal:
-        codes = np.unique(np.concatenate([x, y]))
-        chance = math.fsum(float((x == c).mean() * (y == c).mean()) for c in codes)
-        return (float((x == y).mean()) - chance) / (1 - chance) if chance < 1 else math.nan
-    by_chance = x.var() + y.var() + (x.mean() - y.mean())**2
-    return float(1 - ((x - y)**2).mean() / by_chance) if by_chance > 0 else math.nan
-
 # %% ../nbs/21_judge.ipynb #812d466b
 def _correlation(x: NDArray[np.float64], y: NDArray[np.float64], ranks: bool = False) -> float:
     "Pearson's, or Spearman's of ranks; NaN where one is constant."
@@ -715,7 +705,7 @@ def _score_figures(samples: Sequence[Sequence[float]], length: NDArray[np.float6
         slope = _length_slope(j, one[i], other[i], l)
         free, noise = j - slope * (l - l.mean()), float(within[i].mean())
         between = float(j.var(ddof=1)) - noise / float(counts[i].mean())
-        return {'pearson': _correlation(j, h), 'spearman': _correlation(j, h, True), 'kappa': _kappa(j, h), 'shift': float((j - h).mean()), 'length': slope,
+        return {'pearson': _correlation(j, h), 'spearman': _correlation(j, h, True), 'kappa': cohen_kappa(j, h, quadratic=True), 'shift': float((j - h).mean()), 'length': slope,
                 'spearman_length_controlled': math.nan if math.isnan(slope) else _correlation(free, h, True), 'sample_sd': math.sqrt(noise),
                 'consistency': max(0., between) / (max(0., between) + noise) if between + noise > 0 else math.nan,
                 'people': _correlation(one[i], other[i]) if two else math.nan}
@@ -735,7 +725,7 @@ def _pair_figures(pairs: Sequence[PairJudgement], human: Sequence[str]) -> Calla
         good, size, one = 2 * h[i] - 1, longer[i], np.ones(len(i))
         x = np.concatenate([np.stack([one, good, size], 1), np.stack([one, -good, -size], 1)])
         _, quality, length = _logit_fit(x, np.concatenate([ab[i], 1 - ba[i]]))
-        return {'agreement': float(1 - np.abs(verdict[i] - h[i]).mean()), 'kappa': _kappa(np.concatenate([verdict[i], 1 - verdict[i]]), np.concatenate([h[i], 1 - h[i]]), nominal=True),
+        return {'agreement': float(1 - np.abs(verdict[i] - h[i]).mean()), 'kappa': cohen_kappa(np.concatenate([verdict[i], 1 - verdict[i]]), np.concatenate([h[i], 1 - h[i]])),
                 'agreement_length_controlled': 1 / (1 + math.exp(-quality)), 'position': float((ab[i] - ba[i]).mean() / 2), 'consistency': float(same[i].mean()),
                 'length': float(length) if size.std() > 1e-9 else math.nan}
     return figures

@@ -15,17 +15,16 @@ import sqlalchemy as sa
 from numpy.typing import ArrayLike, NDArray
 from sqlalchemy.dialects import postgresql, sqlite
 from .core import ConfigError, Conversation, DataError, Feedback, Message, Preference, Record, TrainingExample, stream, write_jsonl
-from .stats import Interval
+from .stats import Interval, alpha_interval, cohen_kappa
 from .store import EXAMPLE, TrainingStore, add_feedback, add_preference, migrate, read_feedback, read_preferences, withdraw_feedback
 
 # %% auto #0
 __all__ = ['SCALE', 'ASPECTS', 'PICKS', 'EVENT_KINDS', 'LABEL_STEPS', 'QUEUES', 'ITEMS', 'EVENTS', 'SAID', 'STANDING', 'LEASES',
-           'PILES', 'Askable', 'LEVELS', 'uncertainty', 'disagreement', 'farthest_first', 'LabelPick', 'plan_labels',
+           'PILES', 'Askable', 'uncertainty', 'disagreement', 'farthest_first', 'LabelPick', 'plan_labels',
            'select_examples_for_labeling', 'Label', 'shown_order', 'LabelEvent', 'replay', 'standing', 'record_event',
            'LabelItem', 'LabelProgress', 'LabelQueue', 'fill_queue', 'label_events', 'standing_labels', 'rank_queue',
-           'contested', 'ask_again', 'krippendorff_alpha', 'alpha_interval', 'cohen_kappa', 'Agreement', 'agreement',
-           'LabellerQuality', 'labeller_quality', 'LabelDrift', 'trend_of', 'label_drift', 'LabelExport',
-           'export_labels', 'suggested_examples', 'publish_labels']
+           'contested', 'ask_again', 'Agreement', 'agreement', 'LabellerQuality', 'labeller_quality', 'LabelDrift',
+           'trend_of', 'label_drift', 'LabelExport', 'export_labels', 'suggested_examples', 'publish_labels']
 
 # %% ../nbs/11_labelling.ipynb #b334dd66
 def uncertainty(
@@ -641,69 +640,6 @@ def ask_again(
         for item in sorted(set(items)):
             c.execute(sa.update(ITEMS).where(_of(ITEMS, queue.name, item_id=item)).values(wanted=ITEMS.c.wanted + more, need=ITEMS.c.need + more))
         _recount(c, queue.name)
-
-# %% ../nbs/11_labelling.ipynb #fdb62cc8
-LEVELS = ('nominal', 'ordinal', 'interval')
-
-def _coincidences(ratings: Sequence[Sequence[float | None]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    "The values, and for each item that was rated twice how often each two of them met: [V], [U, V, V]."
-    rows = [[v for v in r if v is not None and not math.isnan(v)] for r in ratings]
-    rows = [r for r in rows if len(r) > 1]
-    values = np.unique([v for r in rows for v in r]) if rows else np.zeros(0)
-    counts = np.array([[r.count(v) for v in values] for r in rows], float).reshape(len(rows), len(values))
-    met = counts[:, :, None] * counts[:, None, :] - counts[:, :, None] * np.eye(len(values))
-    return values, met / (counts.sum(1) - 1)[:, None, None]
-
-def _alpha(values: NDArray[np.float64], met: NDArray[np.float64], level: str) -> NDArray[np.float64]:
-    "Alpha of tables of coincidences [..., V, V]; NaN where nothing varies."
-    n_v = met.sum(-1)
-    n = n_v.sum(-1)
-    at = n_v.cumsum(-1) - n_v / 2 if level == 'ordinal' else np.broadcast_to(values, n_v.shape)
-    far = (at[..., :, None] - at[..., None, :]) ** 2 if level != 'nominal' else np.broadcast_to(1 - np.eye(len(values)), met.shape)
-    with np.errstate(divide='ignore', invalid='ignore'):
-        return 1 - (met * far).sum((-1, -2)) * (n - 1) / (n_v[..., :, None] * n_v[..., None, :] * far).sum((-1, -2))
-
-def krippendorff_alpha(
-    ratings: Sequence[Sequence[float | None]],  # for each item one value per labeller; None where one did not look
-    level: str = 'ordinal',                     # one of `LEVELS`
-) -> float:                                     # 1 full agreement, 0 as by chance; NaN where nobody was asked twice or nothing varies
-    "Krippendorff's alpha: agreement beyond chance."
-    if level not in LEVELS: raise ConfigError(f'level={level!r} — expected one of {", ".join(LEVELS)}')
-    values, met = _coincidences(ratings)
-    return float(_alpha(values, met.sum(0), level)) if len(values) > 1 else math.nan
-
-# %% ../nbs/11_labelling.ipynb #ed28a025
-def alpha_interval(
-    ratings: Sequence[Sequence[float | None]],  # for each item one value per labeller; None where one did not look
-    level: str = 'ordinal',                     # one of `LEVELS`
-    confidence: float = .95,                    # how often such an interval holds the truth, about
-    draws: int = 1000,                          # of the bootstrap
-    seed: int = 0,                              # of the draws
-) -> Interval:                                  # `n` counts items that were asked twice
-    "Krippendorff's alpha with its interval."
-    value = krippendorff_alpha(ratings, level)
-    values, met = _coincidences(ratings)
-    if math.isnan(value): return Interval(value, -1., 1., len(met), confidence)
-    weights = np.random.default_rng(seed).multinomial(len(met), np.full(len(met), 1 / len(met)), draws).astype(float)
-    drawn = _alpha(values, (weights @ met.reshape(len(met), -1)).reshape(draws, *met.shape[1:]), level)
-    low, high = np.nanquantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(value, float(min(low, value)), float(max(high, value)), len(met), confidence)
-
-# %% ../nbs/11_labelling.ipynb #75edebee
-def cohen_kappa(
-    a: ArrayLike,             # [n] what one said
-    b: ArrayLike,             # [n] what the other said of the same
-    quadratic: bool = False,  # mistakes count by their squared distance; else all alike
-) -> float:                   # 1 full agreement, 0 as by chance; NaN where both always say the same one thing
-    "Cohen's kappa of two people."
-    x, y = np.asarray(a, float), np.asarray(b, float)
-    if x.shape != y.shape or x.ndim != 1 or not len(x): raise DataError(f'ratings of shapes {x.shape} and {y.shape} — expected as many from both, at least one')
-    codes = np.unique(np.concatenate([x, y]))
-    p, q = ((v[:, None] == codes).mean(0) for v in (x, y))
-    seen = (x[:, None] == codes).astype(float).T @ (y[:, None] == codes) / len(x)
-    bad = (codes[:, None] - codes) ** 2 if quadratic else 1. - np.eye(len(codes))
-    by_chance = float((bad * np.outer(p, q)).sum())
-    return 1 - float((bad * seen).sum()) / by_chance if by_chance > 0 else math.nan
 
 # %% ../nbs/11_labelling.ipynb #8df88897
 def _code(label: Label) -> float:

@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import sqlalchemy as sa
-from hypothesis import example, given, settings, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from stateset_nb import labelling as L
 from stateset_nb.core import ConfigError, DataError, Message, Preference, RewardExample, TrainingExample
 from stateset_nb.flywheel import read_labels
-from stateset_nb.labelling import (Label, LabelEvent, LabelQueue, ask_again, export_labels, farthest_first, fill_queue, krippendorff_alpha, label_events, plan_labels, publish_labels, rank_queue,
+from stateset_nb.labelling import (Label, LabelEvent, LabelQueue, ask_again, export_labels, farthest_first, fill_queue, label_events, plan_labels, publish_labels, rank_queue,
                                    replay, shown_order, standing, standing_labels)
 from stateset_nb.reward_model import RewardDataset
 from stateset_nb.store import TrainingStore, forget_user, read_feedback
@@ -340,24 +340,6 @@ def test_talk_is_escaped_where_it_is_shown(store):
     assert '<img' not in html and '<script' not in html and '&lt;img' in html
 
 # ---- the mathematics
-
-ratings = st.lists(st.lists(st.integers(1, 5) | st.none(), min_size=3, max_size=3), min_size=2, max_size=15)
-
-@given(ratings, st.sampled_from(['nominal', 'interval']), st.randoms())
-@example([[1, 1, None], [2, 2, 2]], 'interval', None)
-def test_alpha_is_what_its_definition_says(table, level, rnd):
-    units = [[v for v in r if v is not None] for r in table]
-    units = [u for u in units if len(u) > 1]
-    far = (lambda a, b: float(a != b)) if level == 'nominal' else (lambda a, b: (a - b) ** 2)
-    every = [v for u in units for v in u]
-    seen = sum(sum(far(a, b) for a, b in itertools.permutations(u, 2)) / (len(u) - 1) for u in units)
-    chance = sum(far(a, b) for a, b in itertools.permutations(every, 2))
-    found = krippendorff_alpha(table, level)
-    if chance == 0: assert math.isnan(found)
-    else:
-        assert found == pytest.approx(1 - (len(every) - 1) * seen / chance)
-        if rnd is not None: rnd.shuffle(table)
-        assert krippendorff_alpha([r[::-1] for r in table], level) == pytest.approx(found)
 
 @given(st.integers(1, 60), st.floats(0, 1), st.integers(0, 9), st.data())
 def test_the_audit_does_not_depend_on_what_is_valued(n, audit, seed, data):

@@ -1,11 +1,12 @@
 """Properties of the statistics: what must hold for any two agents on any scenarios."""
+import itertools, math
 import numpy as np, pytest
-from hypothesis import assume, given, settings, strategies as st
+from hypothesis import assume, example, given, settings, strategies as st
 from scipy.stats import binomtest, ttest_rel
 from statsmodels.stats.multitest import multipletests
 from stateset_nb.core import ConfigError, DataError, StateSetError
-from stateset_nb.stats import (VERDICTS, PairedComparison, compare_paired, holm, holm_adjust, mean_interval, paired_interval, plot_comparisons,
-                               scenarios_needed, success_interval, wilson_interval)
+from stateset_nb.stats import (VERDICTS, PairedComparison, alpha_interval, cohen_kappa, compare_paired, holm, holm_adjust, krippendorff_alpha, mean_interval, paired_interval,
+                               plot_comparisons, scenarios_needed, success_interval, wilson_interval)
 
 binary = st.integers(0, 1)
 share = st.integers(0, 100).map(lambda x: x / 100)
@@ -156,3 +157,40 @@ def test_a_plot_in_one_unit_shows_the_unit_and_many_count_in_margins():
     assert 'margins' in plot_comparisons([rate, ratio]).get_xlabel()
     with pytest.raises(DataError): plot_comparisons([])
     plt.close('all')
+
+# ---- agreement
+
+ratings = st.lists(st.lists(st.integers(1, 5) | st.none(), min_size=3, max_size=3), min_size=2, max_size=15)
+
+@given(ratings, st.sampled_from(['nominal', 'interval']), st.randoms())
+@example([[1, 1, None], [2, 2, 2]], 'interval', None)
+def test_alpha_is_what_its_definition_says(table, level, rnd):
+    units = [[v for v in r if v is not None] for r in table]
+    units = [u for u in units if len(u) > 1]
+    far = (lambda a, b: float(a != b)) if level == 'nominal' else (lambda a, b: (a - b) ** 2)
+    every = [v for u in units for v in u]
+    seen = sum(sum(far(a, b) for a, b in itertools.permutations(u, 2)) / (len(u) - 1) for u in units)
+    chance = sum(far(a, b) for a, b in itertools.permutations(every, 2))
+    found = krippendorff_alpha(table, level)
+    if chance == 0: assert math.isnan(found)
+    else:
+        assert found == pytest.approx(1 - (len(every) - 1) * seen / chance)
+        if rnd is not None: rnd.shuffle(table)
+        assert krippendorff_alpha([r[::-1] for r in table], level) == pytest.approx(found)
+
+@given(ratings, st.sampled_from(['nominal', 'ordinal', 'interval']), st.integers(0, 9))
+def test_the_interval_of_alpha_holds_its_value_and_says_so_where_nothing_is_known(table, level, seed):
+    i, value = alpha_interval(table, level, draws=20, seed=seed), krippendorff_alpha(table, level)
+    if math.isnan(value): assert math.isnan(i.value) and (i.low, i.high) == (-1, 1)
+    else: assert i.value == value and i.low <= value <= i.high
+    assert i.n == sum(sum(v is not None for v in r) > 1 for r in table)
+
+@given(st.lists(st.tuples(share, share), min_size=1, max_size=20), st.booleans())
+@example([(.1, .1)] * 3, True)   # rounding gives .1, .1, .1 a variance above 0
+def test_kappa_is_what_its_definition_says(pairs, quadratic):
+    x, y = map(list, zip(*pairs))
+    bad = (lambda a, b: (a - b) ** 2) if quadratic else (lambda a, b: float(a != b))
+    seen, chance = (math.fsum(bad(a, b) for a, b in ab) for ab in (pairs * len(x), itertools.product(x, y)))
+    found = cohen_kappa(x, y, quadratic)
+    if chance == 0: assert math.isnan(found)
+    else: assert found == pytest.approx(1 - seen / chance, abs=1e-9) == cohen_kappa(y, x, quadratic)
