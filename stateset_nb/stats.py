@@ -16,8 +16,8 @@ from .core import ConfigError, DataError, Record
 if TYPE_CHECKING: from matplotlib.axes import Axes
 
 # %% auto #0
-__all__ = ['VERDICTS', 'Outcomes', 'LEVELS', 'Interval', 'wilson_interval', 'success_interval', 'mean_interval', 'PairedInterval',
-           'paired_interval', 'verdict_of', 'scenarios_needed', 'PairedComparison', 'compare_paired',
+__all__ = ['VERDICTS', 'Outcomes', 'AGREEMENT_LEVELS', 'Interval', 'wilson_interval', 'success_interval', 'mean_interval',
+           'PairedInterval', 'paired_interval', 'verdict_of', 'scenarios_needed', 'PairedComparison', 'compare_paired',
            'plot_comparisons', 'holm_adjust', 'holm', 'krippendorff_alpha', 'alpha_interval', 'cohen_kappa']
 
 # %% ../nbs/03_stats.ipynb #a12e9b9c
@@ -329,7 +329,7 @@ def _coincidences(ratings: Sequence[Sequence[float | None]]) -> tuple[NDArray[np
     return values, met / (counts.sum(1) - 1)[:, None, None]
 
 # %% ../nbs/03_stats.ipynb #fdb62cc8
-LEVELS = ('nominal', 'ordinal', 'interval')
+AGREEMENT_LEVELS = ('nominal', 'ordinal', 'interval')
 
 def _alpha(values: NDArray[np.float64], met: NDArray[np.float64], level: str) -> NDArray[np.float64]:
     "Alpha of tables of coincidences [..., V, V]; NaN where nothing varies."
@@ -342,17 +342,17 @@ def _alpha(values: NDArray[np.float64], met: NDArray[np.float64], level: str) ->
 
 def krippendorff_alpha(
     ratings: Sequence[Sequence[float | None]],  # for each item one value per labeller; None where one did not look
-    level: str = 'ordinal',                     # one of `LEVELS`
+    level: str = 'ordinal',                     # one of `AGREEMENT_LEVELS`
 ) -> float:                                     # 1 full agreement, 0 as by chance; NaN where nobody was asked twice or nothing varies
     "Krippendorff's alpha: agreement beyond chance."
-    if level not in LEVELS: raise ConfigError(f'level={level!r} — expected one of {", ".join(LEVELS)}')
+    if level not in AGREEMENT_LEVELS: raise ConfigError(f'level={level!r} — expected one of {", ".join(AGREEMENT_LEVELS)}')
     values, met = _coincidences(ratings)
     return float(_alpha(values, met.sum(0), level)) if len(values) > 1 else math.nan
 
 # %% ../nbs/03_stats.ipynb #ed28a025
 def alpha_interval(
     ratings: Sequence[Sequence[float | None]],  # for each item one value per labeller; None where one did not look
-    level: str = 'ordinal',                     # one of `LEVELS`
+    level: str = 'ordinal',                     # one of `AGREEMENT_LEVELS`
     confidence: float = .95,                    # how often such an interval holds the truth, about
     draws: int = 1000,                          # of the bootstrap
     seed: int = 0,                              # of the draws
