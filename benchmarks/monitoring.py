@@ -6,7 +6,8 @@
 
 **Detectors.** A small policy that clones replies of one to six words is trained by `SingleTurnGRPOTrainer` on six questions; in round 22 something is broken, in the run itself and not in its
 numbers (the one exception is said in the table: our trainers stop at a NaN by themselves, so it is written into the metrics, as TRL logs it). A fault is seen when its detector fires within 20
-rounds. Every alert in a healthy run, and every one before round 22, is a false page. The limits in `DETECTORS` were set on one half of the seeds: at the geometric mean of the strongest
+rounds. Every alert in a healthy run, and every one before round 22, is a false page; up to there the runs of a
+seed are mostly the same, so one event may count in several of them. The limits in `DETECTORS` were set on one half of the seeds: at the geometric mean of the strongest
 signal of healthy runs and the weakest of the fault, rounded (half of the weakest where healthy runs give none); those that say yes or no, and the share of groups that agree, keep limits of
 their meaning, and that of entropy is set higher, since a small policy that learns fast halves it in good health.
 Reported is what they do on the other half, which was run after limits and signals were settled and changed neither.
@@ -238,7 +239,7 @@ def markdown(doc) -> str:
         t = doc['test']
         seen, n = sum(r['seen'] for r in t['rows']), sum(r['runs'] for r in t['rows'])
         lines += ['## Detectors', '', ' '.join(__doc__.split('**Detectors.**')[1].split('**Cost.**')[0].split()), '',
-                  f'**Recall {seen} of {n} ({100 * seen / n:.1f} %), goal 95 %. False pages {len(t["false_pages"])} in {t["healthy_rounds"]:,} healthy rounds ({1000 * len(t["false_pages"]) / t["healthy_rounds"]:.2f} in 1,000), goal 1.** '
+                  f'**Recall {seen} of {n} ({100 * seen / n:.1f} %), goal 95 %: {"met" if seen >= .95 * n else "NOT met"}. False pages {len(t["false_pages"])} in {t["healthy_rounds"]:,} healthy rounds ({1000 * len(t["false_pages"]) / t["healthy_rounds"]:.2f} in 1,000), goal 1: {"met" if len(t["false_pages"]) <= t["healthy_rounds"] / 1000 else "NOT met"}.** '
                   f'Seeds {", ".join(map(str, doc["seeds"]["test"]))}; the limits come from seeds {", ".join(map(str, doc["seeds"]["train"]))}.', '',
                   '| detector | what is broken | limit | seen | median rounds | false pages | strongest healthy signal | weakest of the fault | on the seeds of the limits |', '| --- | --- | --- | --- | --- | --- | --- | --- | --- |']
         for r, o in zip(t['rows'], doc['train']['rows']):
