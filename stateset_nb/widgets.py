@@ -759,7 +759,7 @@ class LabelWidget(LiveWidget):
         e = self.queue.undo(_event_name(msg))
         if e is None: return self._did() | {'item': None}
         before = [x.label for x in label_events(self.queue, self.queue.labeller) if x.item_id == e.item_id and x.kind != 'undo']
-        return self._did() | {'item': item_view(self.queue.item(e.item_id)), 'label': before[-1].to_dict() if before[-1] is not None else None}
+        return self._did() | {'item': item_view(self.queue.item(e.item_id)), 'label': None if before[-1] is None else {k: v for k, v in before[-1].to_dict().items() if k in _LABEL_FIELDS}}
 
     def _did(self) -> dict[str, Any]:
         self._acts += 1
