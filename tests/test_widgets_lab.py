@@ -1,4 +1,4 @@
-"""The training widget in a real JupyterLab, by a real browser: what a person does, from the first round to the saved notebook."""
+"""The widgets in a real JupyterLab, by a real browser: what a person does, from the first round or label to the saved notebook."""
 import os, time
 from pathlib import Path
 import pytest
@@ -142,6 +142,58 @@ def test_a_cell_that_blocks_the_kernel_is_steered_and_stopped(book):
     page.wait_for_function('window.__over', timeout=10_000)
     ask(page, 'run.start(); fit(w.history.step + 3)')
     page.wait_for_selector('.snb-record'); assert page.locator('.snb').count() == 0, 'what is done leaves its record by itself'
+
+LABELS = """from stateset_nb.core import Message, TrainingExample
+from stateset_nb.labelling import LabelQueue, fill_queue, standing_labels
+from stateset_nb.store import TrainingStore
+from stateset_nb.widgets import LabelWidget
+store = TrainingStore('sqlite:///labels.db')
+ones = [TrainingExample(f'e{i:02}', (Message('user', f'Where is parcel {i}?'),), Message('assistant', f'It left our store on day {i}, and should be with you in two days.')) for i in range(14)]
+two = (TrainingExample('p1', (Message('user', 'May I send it back?'),), Message('assistant', 'Yes, within 30 days. The label is in your parcel.')), TrainingExample('p2', (Message('user', 'May I send it back?'),), Message('assistant', 'Returns are possible.')))
+store.add_many([*ones, *two])
+queue = LabelQueue(store, 'shop', 'ann')
+fill_queue(queue, [*ones, two], audit=0, twice=0)
+w = LabelWidget(queue)"""
+
+def test_ten_labels_by_keyboard_are_in_the_database(book, lab):
+    "Ten items by keyboard; a reload, a kernel restart and a cell that blocks lose nothing; at the end stands the record."
+    from stateset_nb.labelling import LabelQueue, standing_labels
+    from stateset_nb.store import TrainingStore
+    page = book(LABELS, 'w')
+    data(page, item='e00', thread='subshell', waiting='0')
+    page.locator('.snb').click(position={'x': 5, 'y': 5})
+    for i in range(10):
+        data(page, item=f'e{i:02}')
+        for k in (str(1 + i % 5), str(1 + i % 3)): page.keyboard.press(k)
+        if i == 3:
+            page.keyboard.press('c'); page.keyboard.type('bx dd <b>'); page.keyboard.press('Control+Enter')
+        else: page.keyboard.press('Enter')
+    data(page, done='10', pending='0', item='e10')
+    page.wait_for_selector('.snb-seen:visible'); shot(page, 'labels')
+    assert page.locator('.jp-Notebook .jp-Cell').count() == 2, 'no key reached the notebook'
+    with TrainingStore(f'sqlite:///{lab.books}/labels.db') as store:
+        found = standing_labels(LabelQueue(store, 'shop', 'ann'))
+        assert [(e.item_id, e.label.rating, e.label.aspects) for e in found] == [(f'e{i:02}', 1 + i % 5, {'tool_selection': 1 + i % 3}) for i in range(10)] and found[3].label.comment == 'bx dd <b>'
+        save(page); page.reload(wait_until='domcontentloaded'); ready(page)
+        data(page, 60, item='e10', done='10', waiting='0', thread='subshell')
+        page.locator('.snb').focus(); page.keyboard.press('4'); page.keyboard.press('Enter'); data(page, done='11', item='e11', pending='0')
+        begin(page, "import time\nfor _ in range(3000): time.sleep(.02)")   # a minute
+        page.locator('.snb').focus(); page.keyboard.press('2'); page.keyboard.press('Enter'); data(page, 10, done='12', item='e12', pending='0')
+        assert page.evaluate('window.__over') is None, 'the cell is at it'
+        assert len(standing_labels(LabelQueue(store, 'shop', 'ann'))) == 12
+        page.evaluate("async () => { const s = window.jupyterapp.shell.currentWidget.sessionContext; await s.session.kernel.restart() }"); ready(page)
+        page.locator('.snb').focus(); page.keyboard.press('1'); page.keyboard.press('Enter'); page.keyboard.press('s')   # nobody is there to take them
+        run_all(page)
+        data(page, 60, item='p1', done='13', pending='0')
+        page.locator('.snb').focus(); page.keyboard.press('u'); data(page, item='e13', pending='0'); page.keyboard.press('u'); data(page, item='e12', done='12', pending='0')
+        page.wait_for_function("document.querySelector('[data-choice=rating-1]').getAttribute('aria-checked') === 'true'")
+        for k in ('Enter', '3', 'Enter'): page.keyboard.press(k)
+        data(page, done='14', pending='0'); assert page.locator('.snb-responses.two .snb-response').count() == 2
+        page.keyboard.press('ArrowLeft'); shot(page, 'labels_pair'); page.keyboard.press('Enter'); data(page, done='15', left='0')
+        assert len(standing_labels(LabelQueue(store, 'shop', 'ann'))) == 15
+    ask(page, 'w.freeze()'); page.wait_for_selector('.snb-record'); shot(page, 'labels_record'); save(page)
+    out, = lab.saved(page.name)['cells'][1]['outputs']
+    assert set(out['data']) == {'text/html', 'text/plain'} and '15 done' in ''.join(out['data']['text/html'])
 
 EVIL = SLOW + '''
 from stateset_nb.trainers import CreditView

@@ -78,7 +78,7 @@ export default widget("label", "Label responses", kit => {
     const label = Object.fromEntries(Object.entries(d).filter(([k, v]) => k !== "began" && (k === "aspects" ? Object.keys(v).length : v != null && v !== "")));
     kit.tell("");
     out.add("label", { item: i.id, label, seconds: (performance.now() - d.began) / 1000 });
-    tell("saved, next");
+    tell("saved, next"); root.focus({ preventScroll: true });
   }
   function skip() { const i = current(); if (i && free()) { out.add("skip", { item: i.id }); tell("skipped"); } }
   function undo() { out.add("undo", {}); tell("taken back"); }
@@ -127,7 +127,7 @@ export default widget("label", "Label responses", kit => {
     if (shown === null || i?.id !== shown?.id || !i) show(i);
     mark();
     fill.style.width = p.items ? `${100 * (p.items - p.left) / p.items}%` : "0"; bar.setAttribute("aria-valuenow", p.done); bar.setAttribute("aria-valuemax", p.done + p.left);
-    count.textContent = [`${p.done} done`, p.skipped ? `${p.skipped} skipped` : "", `${p.left} left`, p.seconds == null ? "" : `${short(p.seconds)} s each`, p.minutes_left == null ? "" : `${clock(60 * p.minutes_left)} to go`, waiting ? `saving ${waiting} …` : "saved"].filter(Boolean).join(" · ");
+    count.textContent = [`${p.done} done`, p.skipped ? `${p.skipped} skipped` : "", `${p.left} left`, p.seconds == null ? "" : `${p.seconds.toFixed(1)} s each`, p.minutes_left == null ? "" : `${clock(60 * p.minutes_left)} to go`, waiting ? `saving ${waiting} …` : "saved"].filter(Boolean).join(" · ");
     notes.replaceChildren(...v.notes.map(n => h("span", { class: n.moved ? "moved" : "" }, n.text))); notes.hidden = !v.notes.length;
     Object.assign(root.dataset, { item: i?.id ?? "", done: p.done, left: p.left, pending: waiting });
   }
