@@ -6,9 +6,10 @@ from hypothesis import given, strategies as st
 from page_host import HARM, PAYLOADS, PageHost
 from stateset_nb.core import ConfigError, DataError, Message, ToolCall, TrainingExample
 from stateset_nb.labelling import LabelQueue, fill_queue, label_events, publish_labels, standing_labels
+from stateset_nb.monitoring import AdvancedDashboard, AlertManager, AlertRule
 from stateset_nb.store import TrainingStore, read_preferences
 from stateset_nb.trainers import CreditView, TrainingRun
-from stateset_nb.widgets import (CHARTS, CurveChart, LabelWidget, LiveWidget, MetricTable, PlayedSample, RunHistory, TrainingWidget, front_files, message_field, read_history, svg_curves, thin_out, training_record)
+from stateset_nb.widgets import (CHARTS, CurveChart, DashboardWidget, LabelWidget, LiveWidget, MetricTable, PlayedSample, RunHistory, TrainingWidget, front_files, message_field, read_history, svg_curves, thin_out, training_record)
 
 KNOBS = {'learning_rate': 1e-4, 'temperature': 1.}
 
@@ -234,7 +235,7 @@ def test_the_front_is_ours_and_one_vendored_file_as_published():
     script, style = front_files('train')
     assert script.startswith((static / 'vendor' / 'uPlot.iife.min.js').read_text(encoding='utf-8')) and 'https://cdn' not in script and 'import(' not in script
     assert hashlib.sha256((static / 'vendor' / 'uPlot.iife.min.js').read_bytes()).hexdigest() == '19c8d4c6ad88929a79f4ae49d6f7161566dfd0ba3d15cc495e974f787eb78f1f'
-    assert 'innerHTML' not in ''.join((static / f).read_text(encoding='utf-8') for f in ('kit.js', 'train.js', 'label.js'))
+    assert 'innerHTML' not in ''.join((static / f).read_text(encoding='utf-8') for f in ('kit.js', 'train.js', 'label.js', 'monitor.js'))
 
 # --- labelling, without a browser
 
@@ -343,6 +344,59 @@ def evil_labels(make_queue, i):
 def test_nothing_said_becomes_markup_in_the_record_of_labels(make_queue, i):
     record = evil_labels(make_queue, i).record()
     assert set(re.findall(r'<([a-zA-Z]+)', record)) <= {'div', 'b', 'small', 'table', 'tr', 'th', 'td'}
+
+# --- monitoring, without a browser
+
+def board(name='shop', rule='slow', action='Read it.', metric='latency'):
+    "A dashboard on which an alert fired in episode 2 and was over in episode 3."
+    d = AdvancedDashboard(name, alerts=AlertManager(clock=lambda: 1e9))
+    d.alerts.add_rule(AlertRule(rule, metric, 5, severity='error', action=action))
+    for e, v in enumerate((.8, 1.1, 7.5, .9)): d.log_metric(metric, v, episode=e)
+    for k, v in (('system/cpu', .42), ('system/gpu', .99), ('system/process_memory', 6.5e8), ('reward', math.nan)): d.log_metric(k, v)
+    return d
+
+def test_from_an_alert_to_its_conversation_to_the_queue(make_queue):
+    q = make_queue(2)
+    q.store.add_many([TrainingExample('2', talk(2, '').messages, Message('assistant', 'Later.'))])
+    w = DashboardWidget(board(), q)
+    resolved, fired = w.view()['alerts']
+    assert (fired['state'], fired['step'], resolved['state'], resolved['step'], w.view()['firing']) == ('firing', 2, 'resolved', 3, 0)
+    assert [m['text'] for m in w.handle({'kind': 'open', 'alert': fired['id']})['talk']['messages']] == ['Where is parcel 2?', 'Later.']
+    assert [w.handle({'kind': 'ask', 'alert': fired['id']})['ok'] for _ in range(2)] == [True, True]
+    assert q.next().id == '2' and q.progress().left == 3, 'sent twice, asked once'
+    w.example_of = lambda a: 'e0'
+    assert 'one more person' in w.handle({'kind': 'ask', 'alert': fired['id']})['said'] and q.progress().items == 3
+
+@pytest.mark.parametrize(('msg', 'why'), [({'kind': 'open'}, 'lacks'), ({'kind': 'open', 'alert': 3}, 'expected'), ({'kind': 'ask', 'alert': 'x'}, 'no alert'), ({'kind': 'open', 'alert': 'last'}, 'no example'), ({'kind': 'buy', 'alert': 'x'}, 'unknown')])
+def test_what_a_dashboard_cannot_do_is_said(make_queue, msg, why):
+    w = DashboardWidget(board(), make_queue(2))
+    if msg.get('alert') == 'last': msg = msg | {'alert': w.view()['alerts'][0]['id']}
+    assert why in w.handle(msg)['error'] and w.queue.progress().items == 2
+    bare = DashboardWidget(board())
+    assert 'give queue=' in bare.handle({'kind': 'open', 'alert': 'x'})['error'] and not any(a['linked'] for a in bare.view()['alerts'])
+
+def test_a_dashboard_looks_while_somebody_does():
+    w = DashboardWidget(board(), patience=.3)
+    w.rate = 50.
+    seen = []
+    w.front.send = lambda *a, **k: None
+    w.front.observe(lambda c: seen.append(c['new']['metrics'][0]['count']), 'view')
+    w._heard(w.front, {'kind': 'sync'}, [])
+    w.dashboard.log_metric('latency', 1.)
+    until(lambda: seen and seen[-1] == 5)
+    until(lambda: w._timer is None and time.monotonic() - w._heard_at > .4)
+    w.dashboard.log_metric('latency', 1.); time.sleep(.1)
+    assert seen[-1] == 5
+    w._heard(w.front, {'kind': 'hello'}, [])
+    until(lambda: seen[-1] == 6)
+    w.close()
+
+def test_a_view_of_a_dashboard_is_json_and_its_record_is_escaped():
+    for p in PAYLOADS:
+        w = DashboardWidget(board(p, p, p, p))
+        json.dumps(w.view(), allow_nan=False)
+        assert set(re.findall(r'<([a-zA-Z]+)', w.record())) <= {'div', 'b', 'table', 'tr', 'th', 'td'}
+    assert '42%' in w.record() and '620 MB' in w.record()
 
 # --- in a bare page
 
@@ -492,7 +546,7 @@ def test_labels_by_keyboard(page, make_queue):
     page.keyboard.press('e'); page.keyboard.type('It is here.'); page.keyboard.press('Control+Enter')
     waits(page, item='e1', done=1, pending=0, saved=1)
     assert page.locator('textarea').nth(0).input_value() == page.locator('textarea').nth(1).input_value() == ''
-    page.keyboard.press('Escape'); page.keyboard.press('s'); waits(page, item='e2', saved=2)
+    page.keyboard.press('s'); waits(page, item='e2', saved=2)
     page.keyboard.press('2'); page.keyboard.press('ArrowDown'); page.keyboard.press('5'); page.keyboard.press('ArrowUp'); page.keyboard.press('ArrowUp'); page.keyboard.press('ArrowUp'); page.keyboard.press('3'); page.keyboard.press('Enter')
     waits(page, saved=3, done=2, left=1)
     assert page.locator('.snb-response').count() == 2 and page.locator('.snb-conversation').inner_text().split('\n')[0] == 'user'
@@ -550,14 +604,54 @@ def test_what_a_screen_reader_is_told_of_labels(page, make_queue):
     assert all(x in said for x in ('group "Label responses"', 'radiogroup "overall"', 'radio "5"', 'textbox "comment"', 'button "Save Enter"', 'progressbar "labelled"'))
 
 def test_nothing_said_becomes_markup_in_the_label_widget(page, make_queue, tmp_path):
+    host = None
     for i, p in enumerate(PAYLOADS):
         w = evil_labels(lambda n, i=i: LabelQueue(TrainingStore(f'sqlite:///{tmp_path}/{i}.db')), i)
-        PageHost(page, w) if not i else page.evaluate('view => { window.dispose(); model.state.view = view; window.dispose = window.mount("root") }', json.loads(json.dumps(w.view())))
+        if host is None: host = PageHost(page, w)
+        else: host.swap(w)
         waits(page, done=1)
         assert page.locator('.snb :is(img, script, iframe, a, details, style, form)').count() == 0 and page.locator('.snb').text_content().count(p) >= 4
         page.evaluate('html => { document.getElementById("root2").innerHTML = html }', w.record())
         assert page.locator('.snb-record :is(img, script, iframe, a)').count() == 0
-        w.queue.store.close()
+    page.evaluate('() => new Promise(r => setTimeout(r, 50))')
+    assert page.evaluate('window.__pwn') is None
+
+# --- monitoring, in a bare page
+
+def watches(page, **want): page.wait_for_function('want => { const e = document.querySelector(".snb-monitor"); return e && Object.entries(want).every(([k, v]) => e.dataset[k] === v) }', arg={k: str(v) for k, v in want.items()})
+
+def test_an_alert_is_followed_by_keyboard(page, make_queue):
+    q = make_queue(2)
+    q.store.add_many([TrainingExample('2', talk(2, '').messages, Message('assistant', 'Later.'))])
+    w = DashboardWidget(board(), q)
+    host = PageHost(page, w)
+    watches(page, alerts=2, firing=0)
+    assert page.locator('.snb-metrics tbody tr').count() == int(page.locator('.snb').get_attribute('data-metrics')) and page.locator('.snb-spark').count() >= 1 and page.locator('[role=meter]').count() == 2
+    page.locator('.snb').focus()
+    for k in ('ArrowDown', 'ArrowDown', 'Enter'): page.keyboard.press(k)
+    watches(page, open=2)
+    assert page.locator('.snb-about').inner_text().endswith('Later.')
+    page.keyboard.press('q'); watches(page, asked=1)
+    assert q.next().id == '2' and 'in the queue shop' in page.locator('.snb-note').inner_text()
+    w.dashboard.log_metric('latency', 9., episode=4); host.flush()
+    watches(page, alerts=3, firing=1)
+    assert page.locator('.snb-alerts .here').inner_text().find('#2') > 0, 'the chosen one stays chosen'
+    page.keyboard.press('x'); watches(page, open='')
+    page.locator('.snb-alerts li').first.click()
+    page.wait_for_function("document.querySelector('.snb-note').textContent.includes('no example')")
+
+def test_nothing_said_becomes_markup_in_the_dashboard(page, make_queue):
+    q, host = make_queue(1), None
+    for i, p in enumerate(PAYLOADS):
+        q.store.add_many([TrainingExample(f'p{i}', (Message('user', p),), Message('assistant', p + str(i)))])
+        w = DashboardWidget(board(p, p, p, p), q, lambda a, i=i: f'p{i}')
+        if host is None: host = PageHost(page, w)
+        else: host.swap(w)
+        watches(page, alerts=2)
+        page.locator('.snb-alerts li').first.click(); watches(page, open=f'p{i}')
+        assert page.locator('.snb :is(img, script, iframe, a, details, style, form)').count() == 0 and page.locator('.snb').text_content().count(p) >= 5
+        page.evaluate('html => { document.getElementById("root2").innerHTML = html }', w.record())
+        assert page.locator('.snb-record :is(img, script, iframe, a)').count() == 0
     page.evaluate('() => new Promise(r => setTimeout(r, 50))')
     assert page.evaluate('window.__pwn') is None
 
