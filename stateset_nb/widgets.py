@@ -61,7 +61,8 @@ def front_files(
 def _pipe_class(script: str, style: str) -> Any:
     "A class of anywidgets with this front end and the trait `view`."
     anywidget, traitlets = require('anywidget', 'widgets'), require('traitlets', 'widgets')
-    return type('Pipe', (anywidget.AnyWidget,), {'_esm': script, '_css': style, 'view': traitlets.Dict().tag(sync=True)})
+    name = f'Pipe_{content_hash([script, style])}'  # by it the page tells one front end from another
+    return type(name, (anywidget.AnyWidget,), {'_esm': script, '_css': style, 'view': traitlets.Dict().tag(sync=True)})
 
 # %% ../nbs/50_widgets.ipynb #439cfdc6
 def message_field(

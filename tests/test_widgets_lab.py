@@ -246,6 +246,8 @@ def test_nothing_said_runs_in_the_browser(book):
     page.wait_for_function(f"document.querySelectorAll('.snb[data-drawn=\"3\"][data-samples=\"1\"]').length === {n}", timeout=60_000)
     page.wait_for_selector('.snb-monitor[data-alerts="%d"]' % n); page.wait_for_selector('.snb-label[data-left="%d"]' % n)
     page.locator('.snb-alerts li').first.click(); page.wait_for_selector('.snb-monitor[data-open=x0]')
+    styled = "([one, display]) => getComputedStyle(document.querySelector(one)).display === display"   # each kind keeps its own style beside the others
+    assert all(page.evaluate(styled, x) for x in (['.snb-train .snb-below', 'flex'], ['.snb-label .snb-row', 'flex'], ['.snb-monitor .snb-below', 'grid']))
     for kind in ('train', 'label', 'monitor'):
         said = ' '.join(page.locator(f'.snb-{kind}').all_text_contents()); assert all(p in said for p in PAYLOADS)
     page.locator('.snb-label').focus()

@@ -45,7 +45,7 @@ export default widget("monitor", "Monitoring", kit => {
     const chosen = alerts()[at]?.id ?? null;
     title.textContent = v.name; since.textContent = v.seconds ? `watching for ${clock(v.seconds)}` : "not started";
     alarm.textContent = v.firing ? `${v.firing} firing` : "nothing fires"; alarm.classList.toggle("bad", v.firing > 0);
-    gauges.replaceChildren(...v.gauges.map(g => h("div", { class: "snb-gauge" }, h("span", {}, g.name), h("b", {}, g.text), g.share != null && h("div", { class: "snb-bar", role: "meter", "aria-label": g.name, "aria-valuenow": Math.round(100 * g.share) }, h("div", { style: `width:${Math.min(100, 100 * g.share)}%`, class: g.share > .95 ? "full" : "" })))), v.gauges.length ? h("div", { class: "snb-gauge snb-time" }, v.gpu) : "");
+    gauges.replaceChildren(...v.gauges.map(g => h("div", { class: "snb-gauge" }, h("span", {}, g.name), h("b", {}, g.text), g.share != null && h("div", { class: "snb-bar", role: "meter", "aria-label": g.name, "aria-valuenow": Math.round(100 * g.share) }, h("div", { style: `width:${Math.min(100, 100 * g.share)}%`, class: g.share > .95 ? "full" : "" })))), v.gauges.length ? h("div", { class: "snb-gpu snb-time" }, v.gpu) : "");
     metrics.replaceChildren(...v.metrics.map(m => h("tr", {}, h("th", {}, m.key), h("td", {}, spark(m.spark)), [m.last, m.mean, m.p95].map(x => h("td", {}, short(x))), h("td", {}, m.count))));
     log.replaceChildren(...v.alerts.map(row)); log.hidden = !v.alerts.length;
     help.textContent = v.alerts.length ? "↑ ↓ an alert · Enter its conversation · q have it labelled · x close" : "No alert so far.";
