@@ -40,7 +40,7 @@ check: $(ready) ## seconds: modules and notebooks agree, ruff, mypy
 check-outputs: $(ready) ## minutes: run every notebook and compare with the outputs it stores
 	@python tools/nbrun.py --check nbs
 
-bench: $(ready) ## the figures of the demo, of the engine beside TRL, of learnt rewards, the store, monitoring and the widget, short
+bench: $(ready) ## the figures of the demo, of the engine beside TRL, of learnt rewards, the store, monitoring and the widgets, short
 	@python benchmarks/support_desk.py --quick
 	@python benchmarks/engine.py --quick
 	@python benchmarks/reward.py --quick
@@ -48,7 +48,7 @@ bench: $(ready) ## the figures of the demo, of the engine beside TRL, of learnt 
 	@python benchmarks/monitoring.py --quick
 	@python benchmarks/widgets.py --quick
 
-bench-full: $(ready) ## every seed and rival of the demo, every case of the engine, credit over turns, learnt rewards on real labels, store, labelling, monitoring, widget (long)
+bench-full: $(ready) ## every seed and rival of the demo, every case of the engine, credit over turns, learnt rewards on real labels, store, labelling, monitoring, widgets (long)
 	@python benchmarks/support_desk.py
 	@python benchmarks/engine.py
 	@python benchmarks/credit.py

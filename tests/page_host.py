@@ -28,14 +28,23 @@ window.boot = async (script, state) => {
 class PageHost:
     "`PageHost(page, widget)` shows it; `flush()` hands over what the kernel would have sent by itself."
     def __init__(self, page, widget, body='body{margin:12px;font-family:sans-serif}'):
-        self.page, self.widget, self.out = page, widget, []
-        front = widget.front
-        front.send = lambda msg, buffers=None: self.out.append({'msg': msg, 'buffers': [base64.b64encode(b).decode() for b in buffers or []]})
-        front.observe(lambda change: self.out.append({'view': change['new']}), 'view')
+        self.page, self.out = page, []
+        self._listen(widget)
         page.expose_function('toPython', self._heard)
         page.set_content(PAGE.replace('BODY', body).replace('%s', widget.files()[1], 1))
         page.wait_for_function('() => !!window.boot')
-        page.evaluate('([script, state]) => window.boot(script, state)', [widget.files()[0], {'view': json.loads(json.dumps(front.view))}])
+        page.evaluate('([script, state]) => window.boot(script, state)', [widget.files()[0], {'view': json.loads(json.dumps(widget.front.view))}])
+
+    def _listen(self, widget):
+        self.widget, front = widget, widget.front
+        front.send = lambda msg, buffers=None: self.out.append({'msg': msg, 'buffers': [base64.b64encode(b).decode() for b in buffers or []]})
+        front.observe(lambda change: self.out.append({'view': change['new']}), 'view')
+
+    def swap(self, widget):
+        "Another widget of the same kind in its place."
+        self.widget.close()
+        self._listen(widget)
+        self.page.evaluate('view => { window.dispose(); model.state.view = view; window.dispose = window.mount("root") }', json.loads(json.dumps(widget.front.view)))
 
     def _heard(self, msg):
         self.widget._heard(self.widget.front, msg, [])

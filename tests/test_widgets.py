@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 from page_host import HARM, PAYLOADS, PageHost
-from stateset_nb.core import ConfigError, DataError
+from stateset_nb.core import ConfigError, DataError, Message, ToolCall, TrainingExample
+from stateset_nb.labelling import LabelQueue, fill_queue, label_events, publish_labels, standing_labels
+from stateset_nb.monitoring import AdvancedDashboard, AlertManager, AlertRule
+from stateset_nb.store import TrainingStore, read_preferences
 from stateset_nb.trainers import CreditView, TrainingRun
-from stateset_nb.widgets import (CHARTS, CurveChart, LiveWidget, MetricTable, PlayedSample, RunHistory, TrainingWidget, front_files, message_field, read_history, svg_curves, thin_out, training_record)
+from stateset_nb.widgets import (CHARTS, CurveChart, DashboardWidget, LabelWidget, LiveWidget, MetricTable, PlayedSample, RunHistory, TrainingWidget, front_files, message_field, read_history, svg_curves, thin_out, training_record)
 
 KNOBS = {'learning_rate': 1e-4, 'temperature': 1.}
 
@@ -232,7 +235,168 @@ def test_the_front_is_ours_and_one_vendored_file_as_published():
     script, style = front_files('train')
     assert script.startswith((static / 'vendor' / 'uPlot.iife.min.js').read_text(encoding='utf-8')) and 'https://cdn' not in script and 'import(' not in script
     assert hashlib.sha256((static / 'vendor' / 'uPlot.iife.min.js').read_bytes()).hexdigest() == '19c8d4c6ad88929a79f4ae49d6f7161566dfd0ba3d15cc495e974f787eb78f1f'
-    assert 'innerHTML' not in ''.join((static / f).read_text(encoding='utf-8') for f in ('kit.js', 'train.js'))
+    assert 'innerHTML' not in ''.join((static / f).read_text(encoding='utf-8') for f in ('kit.js', 'train.js', 'label.js', 'monitor.js'))
+
+# --- labelling, without a browser
+
+def talk(i, answer, question='Where is parcel'): return TrainingExample(f'e{i}', (Message('user', f'{question} {i}?'),), Message('assistant', answer))
+
+@pytest.fixture
+def make_queue(tmp_path):
+    "`make_queue(n, pairs)` gives a queue with that many things to rate, and pairs after them; asked again it is the same queue."
+    opened = []
+    def f(n=12, pairs=0, labeller='ann'):
+        store = TrainingStore(f'sqlite:///{tmp_path}/labels.db')
+        opened.append(store)
+        ones, sides = [talk(i, f'It comes on day {i}.') for i in range(n)], [(talk(f'a{i}', 'Short.', 'Pair'), TrainingExample(f'b{i}', talk(f'a{i}', '', 'Pair').messages, Message('assistant', 'Long.'))) for i in range(pairs)]
+        if n + pairs: store.add_many([*ones, *(e for p in sides for e in p)])
+        q = LabelQueue(store, 'shop', labeller)
+        fill_queue(q, [*ones, *sides], audit=0, twice=0)
+        return q
+    yield f
+    for s in opened: s.close()
+
+def act(w, kind, event, **more): return w.handle({'kind': kind, 'event': event, **more})
+
+GOOD = {'item': 'e0', 'label': {'rating': 4}, 'seconds': 1.}
+
+def test_a_label_is_saved_before_it_is_answered_and_counts_once(make_queue):
+    w = LabelWidget(make_queue())
+    for _ in range(3): assert act(w, 'label', 'a', **GOOD)['ok']
+    assert [(e.item_id, e.label.rating, e.seconds) for e in label_events(make_queue())] == [('e0', 4, 1.)]
+    assert w.view()['progress']['done'] == 1 and w.view()['items'][0]['id'] == 'e1'
+    assert act(w, 'undo', 'b')['item']['id'] == 'e0' and act(w, 'undo', 'b')['item']['id'] == 'e0'
+    assert act(w, 'undo', 'c')['item'] is None and w.view()['items'][0]['id'] == 'e0' and w.view()['progress']['done'] == 0
+
+def test_undo_has_no_end_and_gives_back_what_was_said(make_queue):
+    w = LabelWidget(make_queue(12))
+    for i in range(12): assert act(w, *(('label', f'l{i}') if i % 3 else ('skip', f'l{i}')), **({'label': {'rating': 1 + i % 5, 'comment': f'c{i}'}, 'seconds': 1.} if i % 3 else {}), item=f'e{i}')['ok']
+    assert w.view()['items'] == []
+    again = LabelWidget(make_queue())     # as after a restart
+    for i in reversed(range(12)):
+        back = act(again, 'undo', f'u{i}')
+        assert back['item']['id'] == f'e{i}' and (back['label'] or {}).get('comment') == (f'c{i}' if i % 3 else None) and again.view()['items'][0]['id'] == f'e{i}'
+    assert standing_labels(make_queue()) == []
+
+@pytest.mark.parametrize('msg', [{}, {'kind': 'label'}, {'kind': 'label', 'event': 'a'}, {'kind': 'label', **GOOD}, {'kind': 'label', 'event': '', **GOOD}, {'kind': 'label', 'event': 7, **GOOD}, {'kind': 'label', 'event': 'a' * 300, **GOOD},
+    *({'kind': 'label', 'event': 'a', **GOOD, **bad} for bad in ({'item': 'nothing'}, {'item': 3}, {'item': ''}, {'seconds': -1}, {'seconds': math.inf}, {'seconds': 'long'}, {'label': None}, {'label': {}}, {'label': {'rating': 0}}, {'label': {'rating': 6}}, {'label': {'rating': True}},
+      {'label': {'rating': math.nan}}, {'label': {'rating': '4'}}, {'label': {'pick': 'left'}}, {'label': {'rating': 4, 'stars': 1}}, {'label': {'rating': 4, 'aspects': {'taste': 1}}}, {'label': {'rating': 4, 'aspects': {'speed': 9}}}, {'label': {'rating': 4, 'aspects': [1]}},
+      {'label': {'rating': 4, 'order': [1, 0]}}, {'label': {'rating': 4, 'comment': 'x' * 100_001}}, {'label': {'rating': 4, 'comment': 'a\0b'}}, {'label': {'rating': 4, 'comment': 5}})),
+    {'kind': 'skip', 'event': 'a'}, {'kind': 'skip', 'event': 'a', 'item': 'nothing'}, {'kind': 'undo'}, {'kind': 'relabel', 'event': 'a'}])
+def test_a_bad_act_is_answered_and_changes_nothing(make_queue, msg):
+    w = LabelWidget(make_queue(2))
+    answer = w.handle(msg | {'cid': 'x'})
+    assert answer['ok'] is False and answer['cid'] == 'x' and answer['error'] and list(label_events(w.queue)) == [] and w.view()['progress']['done'] == 0
+
+def test_sides_are_hidden_and_their_order_recorded(make_queue):
+    w = LabelWidget(make_queue(0, 30), ahead=30)
+    items = w.view()['items']
+    shorts = [[m['text'] for m in i['responses']].index('Short.') for i in items]
+    assert set(shorts) == {0, 1} and all(m.keys() == {'role', 'text', 'calls'} for i in items for m in (*i['messages'], *i['responses']))
+    for k, (i, side) in enumerate(zip(items, shorts)): assert act(w, 'label', f'p{k}', item=i['id'], label={'pick': ('left', 'right', 'tie', 'both_bad')[side if k < 28 else k - 26]}, seconds=1.)['ok']
+    labels = [e.label for e in standing_labels(w.queue)]
+    assert [x.better for x in labels].count(0) == 28 and {x.order for x in labels} == {(0, 1), (1, 0)} and {x.pick for x in labels} == {'left', 'right', 'tie', 'both_bad'}
+    publish_labels(w.queue)
+    assert {(p.chosen, p.rejected) for p in read_preferences(w.queue.store)} == {('Short.', 'Long.')}
+
+def test_a_suggestion_is_an_example_and_a_preference(make_queue):
+    w = LabelWidget(make_queue(2))
+    assert act(w, 'label', 'a', item='e0', label={'rating': 2, 'suggested_response': 'It is here.'}, seconds=1.)['ok']
+    publish_labels(w.queue)
+    assert [e.response.text for e in w.queue.store.examples() if e.source == 'human'] == ['It is here.'] and [(p.chosen, p.rejected) for p in read_preferences(w.queue.store)] == [('It is here.', 'It comes on day 0.')]
+
+def test_drift_and_agreement_are_looked_at_now_and_then(make_queue, monkeypatch):
+    import stateset_nb.widgets as room
+    looks = []
+    monkeypatch.setattr(room, 'label_drift', lambda q: looks.append(1) or [])
+    w = LabelWidget(make_queue(40), every=10)
+    for i in range(30): act(w, 'label', f'a{i}', item=f'e{i}', label={'rating': 1 + i % 5}, seconds=1.)
+    until(lambda: len(looks) == 4)
+    monkeypatch.undo()
+    other = make_queue(40, labeller='bo')
+    fill_queue(other, []), [other.label(f'e{i}', standing_labels(other)[0].label, seconds=1.) for i in range(12)]
+    w.review()
+    texts = [n['text'] for n in w.view()['notes']]
+    assert any(t.startswith('time a label × 1.00 over the last 30') for t in texts) and any(t.startswith('agreement on 12 shared') for t in texts)
+    assert all(t in w.record() for t in texts)
+
+def test_labels_come_from_many_threads(make_queue):
+    w, got = LabelWidget(make_queue(40), every=5), []
+    def work(k): got.extend(act(w, 'label', f'a{k}-{i}', item=f'e{i}', label={'rating': 3}, seconds=1.)['ok'] for i in range(k, 40, 4))
+    ts = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for t in ts: t.start()
+    for t in ts: t.join()
+    assert all(got) and len(standing_labels(w.queue)) == len(got) == 40
+
+def evil_labels(make_queue, i):
+    "A widget whose talk, label and names are a payload."
+    q, p = make_queue(0), PAYLOADS[i]
+    q.store.add_many([TrainingExample(f'x{k}', (Message('user', p), Message('assistant', p, (ToolCall(p, p),))), Message('assistant', f'{p}{k}', (ToolCall(p, p),))) for k in range(3)])
+    first, second, _ = q.store.examples()
+    q = LabelQueue(q.store, p.replace('/', ''), p)
+    fill_queue(q, [*q.store.examples()], audit=0, twice=0)
+    w = LabelWidget(q)
+    w._notes = [{'text': p, 'moved': True}]
+    assert act(w, 'label', 'e', item=first.id, label={'rating': 3, 'comment': p, 'suggested_response': p}, seconds=1.)['ok']
+    return w
+
+@pytest.mark.parametrize('i', range(len(PAYLOADS)))
+def test_nothing_said_becomes_markup_in_the_record_of_labels(make_queue, i):
+    record = evil_labels(make_queue, i).record()
+    assert set(re.findall(r'<([a-zA-Z]+)', record)) <= {'div', 'b', 'small', 'table', 'tr', 'th', 'td'}
+
+# --- monitoring, without a browser
+
+def board(name='shop', rule='slow', action='Read it.', metric='latency'):
+    "A dashboard on which an alert fired in episode 2 and was over in episode 3."
+    d = AdvancedDashboard(name, alerts=AlertManager(clock=lambda: 1e9))
+    d.alerts.add_rule(AlertRule(rule, metric, 5, severity='error', action=action))
+    for e, v in enumerate((.8, 1.1, 7.5, .9)): d.log_metric(metric, v, episode=e)
+    for k, v in (('system/cpu', .42), ('system/gpu', .99), ('system/process_memory', 6.5e8), ('reward', math.nan)): d.log_metric(k, v)
+    return d
+
+def test_from_an_alert_to_its_conversation_to_the_queue(make_queue):
+    q = make_queue(2)
+    q.store.add_many([TrainingExample('2', talk(2, '').messages, Message('assistant', 'Later.'))])
+    w = DashboardWidget(board(), q)
+    resolved, fired = w.view()['alerts']
+    assert (fired['state'], fired['step'], resolved['state'], resolved['step'], w.view()['firing']) == ('firing', 2, 'resolved', 3, 0)
+    assert [m['text'] for m in w.handle({'kind': 'open', 'alert': fired['id']})['talk']['messages']] == ['Where is parcel 2?', 'Later.']
+    assert [w.handle({'kind': 'ask', 'alert': fired['id']})['ok'] for _ in range(2)] == [True, True]
+    assert q.next().id == '2' and q.progress().left == 3, 'sent twice, asked once'
+    w.example_of = lambda a: 'e0'
+    assert 'one more person' in w.handle({'kind': 'ask', 'alert': fired['id']})['said'] and q.progress().items == 3
+
+@pytest.mark.parametrize(('msg', 'why'), [({'kind': 'open'}, 'lacks'), ({'kind': 'open', 'alert': 3}, 'expected'), ({'kind': 'ask', 'alert': 'x'}, 'no alert'), ({'kind': 'open', 'alert': 'last'}, 'no example'), ({'kind': 'buy', 'alert': 'x'}, 'unknown')])
+def test_what_a_dashboard_cannot_do_is_said(make_queue, msg, why):
+    w = DashboardWidget(board(), make_queue(2))
+    if msg.get('alert') == 'last': msg = msg | {'alert': w.view()['alerts'][0]['id']}
+    assert why in w.handle(msg)['error'] and w.queue.progress().items == 2
+    bare = DashboardWidget(board())
+    assert 'give queue=' in bare.handle({'kind': 'open', 'alert': 'x'})['error'] and not any(a['linked'] for a in bare.view()['alerts'])
+
+def test_a_dashboard_looks_while_somebody_does():
+    w = DashboardWidget(board(), patience=.3)
+    w.rate = 50.
+    seen = []
+    w.front.send = lambda *a, **k: None
+    w.front.observe(lambda c: seen.append(c['new']['metrics'][0]['count']), 'view')
+    w._heard(w.front, {'kind': 'sync'}, [])
+    w.dashboard.log_metric('latency', 1.)
+    until(lambda: seen and seen[-1] == 5)
+    until(lambda: w._timer is None and time.monotonic() - w._heard_at > .4)
+    w.dashboard.log_metric('latency', 1.); time.sleep(.1)
+    assert seen[-1] == 5
+    w._heard(w.front, {'kind': 'hello'}, [])
+    until(lambda: seen[-1] == 6)
+    w.close()
+
+def test_a_view_of_a_dashboard_is_json_and_its_record_is_escaped():
+    for p in PAYLOADS:
+        w = DashboardWidget(board(p, p, p, p))
+        json.dumps(w.view(), allow_nan=False)
+        assert set(re.findall(r'<([a-zA-Z]+)', w.record())) <= {'div', 'b', 'table', 'tr', 'th', 'td'}
+    assert '42%' in w.record() and '620 MB' in w.record()
 
 # --- in a bare page
 
@@ -365,6 +529,131 @@ def test_nothing_said_becomes_markup_on_the_page(page):
         assert page.locator('.snb-record img, .snb-record script, .snb-record iframe, .snb-record a').count() == 0
     page.evaluate('() => new Promise(r => setTimeout(r, 50))')
     assert page.evaluate('window.__pwn') is None and HARM in PAYLOADS[0]
+
+# --- labelling, in a bare page
+
+def waits(page, **want): page.wait_for_function('want => { const e = document.querySelector(".snb-label"); return e && Object.entries(want).every(([k, v]) => e.dataset[k] === v) }', arg={k: str(v) for k, v in want.items()})
+
+def test_labels_by_keyboard(page, make_queue):
+    w = LabelWidget(make_queue(3, 1))
+    PageHost(page, w)
+    waits(page, item='e0', done=0, left=4)
+    page.locator('.snb').focus()
+    page.keyboard.press('Enter')
+    page.wait_for_function("document.querySelector('.snb-note').textContent.includes('Rate first')")
+    for k in ('5', '4', '3', '2'): page.keyboard.press(k)
+    page.keyboard.press('c'); page.keyboard.type('12s fine u'); page.keyboard.press('Escape')
+    page.keyboard.press('e'); page.keyboard.type('It is here.'); page.keyboard.press('Control+Enter')
+    waits(page, item='e1', done=1, pending=0, saved=1)
+    assert page.locator('textarea').nth(0).input_value() == page.locator('textarea').nth(1).input_value() == ''
+    page.keyboard.press('s'); waits(page, item='e2', saved=2)
+    page.keyboard.press('2'); page.keyboard.press('ArrowDown'); page.keyboard.press('5'); page.keyboard.press('ArrowUp'); page.keyboard.press('ArrowUp'); page.keyboard.press('ArrowUp'); page.keyboard.press('3'); page.keyboard.press('Enter')
+    waits(page, saved=3, done=2, left=1)
+    assert page.locator('.snb-response').count() == 2 and page.locator('.snb-conversation').inner_text().split('\n')[0] == 'user'
+    page.keyboard.press('b'); page.keyboard.press('ArrowRight'); page.keyboard.press('Enter')
+    waits(page, saved=4, done=3, left=0, item='')
+    assert 'Nothing is left' in page.locator('.snb-conversation').inner_text()
+    first, pair, third = sorted(standing_labels(w.queue), key=lambda e: {'e0': 0, 'e2': 2}.get(e.item_id, 1))
+    assert first.label.to_dict() | {'rating': 5, 'comment': '12s fine u', 'suggested_response': 'It is here.', 'aspects': {'tool_selection': 4, 'response_quality': 3, 'speed': 2}} == first.label.to_dict() and 0 < first.seconds < 60
+    assert pair.label.pick == 'right' and third.label.rating == 3 and third.label.aspects == {'response_quality': 5}
+
+def test_undo_by_key_brings_back_what_was_said(page, make_queue):
+    w = LabelWidget(make_queue(3))
+    PageHost(page, w)
+    waits(page, item='e0'); page.locator('.snb').focus()
+    page.keyboard.press('u'); page.wait_for_function("document.querySelector('.snb-note').textContent.includes('nothing to take back')")
+    for k in ('4', 'Enter', '2', 'Enter', 's'): page.keyboard.press(k)
+    waits(page, item='', pending=0)
+    for item in ('e2', 'e1', 'e0'): page.keyboard.press('u'); waits(page, item=item, pending=0)
+    assert page.locator('[data-choice=rating-4]').get_attribute('aria-checked') == 'true' and standing_labels(w.queue) == []
+    page.locator('[data-choice=rating-1]').click(); page.locator('[data-act=label]').click()
+    waits(page, item='e1', done=1)
+    assert page.evaluate("document.activeElement.classList.contains('snb')") and [e.label.rating for e in standing_labels(w.queue)] == [1]
+
+def test_a_lost_answer_is_asked_for_again_and_an_act_that_failed_comes_back(page, make_queue):
+    w = LabelWidget(make_queue(3), retry_s=.2)
+    PageHost(page, w)
+    waits(page, item='e0', waiting=0)
+    page.evaluate('() => { const take = model.take.bind(model); window.lost = 0; model.take = out => { if (out.some(o => o.msg?.of === "label") && window.lost++ < 2) return; take(out) } }')
+    page.locator('.snb').focus(); page.keyboard.press('4'); page.keyboard.press('Enter')
+    waits(page, item='e1', pending=0, saved=1, waiting=0)
+    assert page.evaluate('window.lost') >= 3 and len(list(label_events(w.queue))) == 1
+    said = w.queue.label
+    def full(*a, **k): raise DataError('the disk is full')
+    w.queue.label = full
+    page.keyboard.press('5'); page.keyboard.press('Enter')
+    page.wait_for_function("document.querySelector('.snb-note').textContent.includes('the disk is full')")
+    waits(page, item='e1', pending=0, done=1)
+    assert page.locator('[data-choice=rating-5]').get_attribute('aria-checked') == 'true'
+    w.queue.label = said
+    page.keyboard.press('Enter'); waits(page, done=2, item='e2')
+
+def test_two_views_of_a_label_widget(page, make_queue):
+    w = LabelWidget(make_queue(2))
+    PageHost(page, w)
+    page.evaluate("() => { window.second = window.mount('root2') }")
+    page.locator('.snb').first.focus(); page.keyboard.press('3'); page.keyboard.press('Enter')
+    page.wait_for_function("[...document.querySelectorAll('.snb')].every(e => e.dataset.item === 'e1' && e.dataset.done === '1')")
+    page.evaluate('() => { window.dispose(); window.second() }')
+    assert page.evaluate("[Object.values(model.heard).flat().length, document.querySelectorAll('.snb').length]") == [0, 0]
+
+def test_what_a_screen_reader_is_told_of_labels(page, make_queue):
+    PageHost(page, LabelWidget(make_queue(2)))
+    waits(page, item='e0')
+    said = page.locator('.snb').aria_snapshot()
+    assert all(x in said for x in ('group "Label responses"', 'radiogroup "overall"', 'radio "5"', 'textbox "comment"', 'button "Save Enter"', 'progressbar "labelled"'))
+
+def test_nothing_said_becomes_markup_in_the_label_widget(page, make_queue, tmp_path):
+    host = None
+    for i, p in enumerate(PAYLOADS):
+        w = evil_labels(lambda n, i=i: LabelQueue(TrainingStore(f'sqlite:///{tmp_path}/{i}.db')), i)
+        if host is None: host = PageHost(page, w)
+        else: host.swap(w)
+        waits(page, done=1)
+        assert page.locator('.snb :is(img, script, iframe, a, details, style, form)').count() == 0 and page.locator('.snb').text_content().count(p) >= 4
+        page.evaluate('html => { document.getElementById("root2").innerHTML = html }', w.record())
+        assert page.locator('.snb-record :is(img, script, iframe, a)').count() == 0
+    page.evaluate('() => new Promise(r => setTimeout(r, 50))')
+    assert page.evaluate('window.__pwn') is None
+
+# --- monitoring, in a bare page
+
+def watches(page, **want): page.wait_for_function('want => { const e = document.querySelector(".snb-monitor"); return e && Object.entries(want).every(([k, v]) => e.dataset[k] === v) }', arg={k: str(v) for k, v in want.items()})
+
+def test_an_alert_is_followed_by_keyboard(page, make_queue):
+    q = make_queue(2)
+    q.store.add_many([TrainingExample('2', talk(2, '').messages, Message('assistant', 'Later.'))])
+    w = DashboardWidget(board(), q)
+    host = PageHost(page, w)
+    watches(page, alerts=2, firing=0)
+    assert page.locator('.snb-metrics tbody tr').count() == int(page.locator('.snb').get_attribute('data-metrics')) and page.locator('.snb-spark').count() >= 1 and page.locator('[role=meter]').count() == 2
+    page.locator('.snb').focus()
+    for k in ('ArrowDown', 'ArrowDown', 'Enter'): page.keyboard.press(k)
+    watches(page, open=2)
+    assert page.locator('.snb-about').inner_text().endswith('Later.')
+    page.keyboard.press('q'); watches(page, asked=1)
+    assert q.next().id == '2' and 'in the queue shop' in page.locator('.snb-note').inner_text()
+    w.dashboard.log_metric('latency', 9., episode=4); host.flush()
+    watches(page, alerts=3, firing=1)
+    assert page.locator('.snb-alerts .here').inner_text().find('#2') > 0, 'the chosen one stays chosen'
+    page.keyboard.press('x'); watches(page, open='')
+    page.locator('.snb-alerts li').first.click()
+    page.wait_for_function("document.querySelector('.snb-note').textContent.includes('no example')")
+
+def test_nothing_said_becomes_markup_in_the_dashboard(page, make_queue):
+    q, host = make_queue(1), None
+    for i, p in enumerate(PAYLOADS):
+        q.store.add_many([TrainingExample(f'p{i}', (Message('user', p),), Message('assistant', p + str(i)))])
+        w = DashboardWidget(board(p, p, p, p), q, lambda a, i=i: f'p{i}')
+        if host is None: host = PageHost(page, w)
+        else: host.swap(w)
+        watches(page, alerts=2)
+        page.locator('.snb-alerts li').first.click(); watches(page, open=f'p{i}')
+        assert page.locator('.snb :is(img, script, iframe, a, details, style, form)').count() == 0 and page.locator('.snb').text_content().count(p) >= 5
+        page.evaluate('html => { document.getElementById("root2").innerHTML = html }', w.record())
+        assert page.locator('.snb-record :is(img, script, iframe, a)').count() == 0
+    page.evaluate('() => new Promise(r => setTimeout(r, 50))')
+    assert page.evaluate('window.__pwn') is None
 
 class Toy(LiveWidget):
     "What the next widget needs to say."

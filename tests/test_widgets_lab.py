@@ -1,4 +1,4 @@
-"""The training widget in a real JupyterLab, by a real browser: what a person does, from the first round to the saved notebook."""
+"""The widgets in a real JupyterLab, by a real browser: what a person does, from the first round or label to the saved notebook."""
 import os, time
 from pathlib import Path
 import pytest
@@ -143,27 +143,119 @@ def test_a_cell_that_blocks_the_kernel_is_steered_and_stopped(book):
     ask(page, 'run.start(); fit(w.history.step + 3)')
     page.wait_for_selector('.snb-record'); assert page.locator('.snb').count() == 0, 'what is done leaves its record by itself'
 
+LABELS = """from stateset_nb.core import Message, TrainingExample
+from stateset_nb.labelling import LabelQueue, fill_queue, standing_labels
+from stateset_nb.store import TrainingStore
+from stateset_nb.widgets import LabelWidget
+store = TrainingStore('sqlite:///labels.db')
+ones = [TrainingExample(f'e{i:02}', (Message('user', f'Where is parcel {i}?'),), Message('assistant', f'It left our store on day {i}, and should be with you in two days.')) for i in range(14)]
+two = (TrainingExample('p1', (Message('user', 'May I send it back?'),), Message('assistant', 'Yes, within 30 days. The label is in your parcel.')), TrainingExample('p2', (Message('user', 'May I send it back?'),), Message('assistant', 'Returns are possible.')))
+store.add_many([*ones, *two])
+queue = LabelQueue(store, 'shop', 'ann')
+fill_queue(queue, [*ones, two], audit=0, twice=0)
+w = LabelWidget(queue)"""
+
+def test_ten_labels_by_keyboard_are_in_the_database(book, lab):
+    "Ten items by keyboard; a reload, a kernel restart and a cell that blocks lose nothing; at the end stands the record."
+    from stateset_nb.labelling import LabelQueue, standing_labels
+    from stateset_nb.store import TrainingStore
+    page = book(LABELS, 'w')
+    data(page, item='e00', thread='subshell', waiting='0')
+    page.locator('.snb').click(position={'x': 5, 'y': 5})
+    for i in range(10):
+        data(page, item=f'e{i:02}')
+        for k in (str(1 + i % 5), str(1 + i % 3)): page.keyboard.press(k)
+        if i == 3:
+            page.keyboard.press('c'); page.keyboard.type('bx dd <b>'); page.keyboard.press('Control+Enter')
+        else: page.keyboard.press('Enter')
+    data(page, done='10', pending='0', item='e10')
+    page.wait_for_selector('.snb-seen:visible'); shot(page, 'labels')
+    assert page.locator('.jp-Notebook .jp-Cell').count() == 2, 'no key reached the notebook'
+    with TrainingStore(f'sqlite:///{lab.books}/labels.db') as store:
+        found = standing_labels(LabelQueue(store, 'shop', 'ann'))
+        assert [(e.item_id, e.label.rating, e.label.aspects) for e in found] == [(f'e{i:02}', 1 + i % 5, {'tool_selection': 1 + i % 3}) for i in range(10)] and found[3].label.comment == 'bx dd <b>'
+        save(page); page.reload(wait_until='domcontentloaded'); ready(page)
+        data(page, 60, item='e10', done='10', waiting='0', thread='subshell')
+        page.locator('.snb').focus(); page.keyboard.press('4'); page.keyboard.press('Enter'); data(page, done='11', item='e11', pending='0')
+        begin(page, "import time\nfor _ in range(3000): time.sleep(.02)")   # a minute
+        page.locator('.snb').focus(); page.keyboard.press('2'); page.keyboard.press('Enter'); data(page, 10, done='12', item='e12', pending='0')
+        assert page.evaluate('window.__over') is None, 'the cell is at it'
+        assert len(standing_labels(LabelQueue(store, 'shop', 'ann'))) == 12
+        page.evaluate("async () => { const s = window.jupyterapp.shell.currentWidget.sessionContext; await s.session.kernel.restart() }"); ready(page)
+        page.locator('.snb').focus(); page.keyboard.press('1'); page.keyboard.press('Enter'); page.keyboard.press('s')   # nobody is there to take them
+        run_all(page)
+        data(page, 60, item='p1', done='13', pending='0')
+        page.locator('.snb').focus(); page.keyboard.press('u'); data(page, item='e13', pending='0'); page.keyboard.press('u'); data(page, item='e12', done='12', pending='0')
+        page.wait_for_function("document.querySelector('[data-choice=rating-1]').getAttribute('aria-checked') === 'true'")
+        for k in ('Enter', '3', 'Enter'): page.keyboard.press(k)
+        data(page, done='14', pending='0'); assert page.locator('.snb-responses.two .snb-response').count() == 2
+        page.keyboard.press('ArrowLeft'); shot(page, 'labels_pair'); page.keyboard.press('Enter'); data(page, done='15', left='0')
+        assert len(standing_labels(LabelQueue(store, 'shop', 'ann'))) == 15
+    ask(page, 'w.freeze()'); page.wait_for_selector('.snb-record'); shot(page, 'labels_record'); save(page)
+    out, = lab.saved(page.name)['cells'][1]['outputs']
+    assert set(out['data']) == {'text/html', 'text/plain'} and '15 done' in ''.join(out['data']['text/html'])
+
+WATCH = LABELS + """
+from stateset_nb.monitoring import AdvancedDashboard, AlertManager, AlertRule
+from stateset_nb.widgets import DashboardWidget
+alerts = AlertManager(); alerts.add_rule(AlertRule('slow', 'api.latency_seconds', 5, severity='error', action='Read what was asked.'))
+board = AdvancedDashboard('shop', alerts=alerts, system_metrics=True).start_monitoring()
+store.add_many([TrainingExample('2', (Message('user', 'Where is my money?'),), Message('assistant', 'One moment.'))])
+w = DashboardWidget(board, queue)"""
+
+def test_from_a_live_alert_to_the_labelling_queue(book, lab):
+    "Numbers come while the page looks; an alert is opened and put into the queue by keyboard; the record stays."
+    page = book(WATCH, 'w')
+    page.wait_for_function("document.querySelectorAll('.snb-gauge [role=meter]').length >= 2", timeout=30_000)   # nobody asked: the kernel told of the machine by itself
+    ask(page, 'for e, v in enumerate((.8, 1.1, 7.5)): board.log_metric("api.latency_seconds", v, episode=e)')
+    data(page, firing='1', alerts='1')
+    page.locator('.snb').focus()
+    for k in ('ArrowDown', 'Enter'): page.keyboard.press(k)
+    data(page, open='2'); shot(page, 'dashboard')
+    page.keyboard.press('q'); data(page, asked='1')
+    assert ask(page, 'print([i.id for i in queue.upcoming(2)])').count("'2'") == 1 and page.locator('.jp-Notebook .jp-Cell').count() == 2
+    ask(page, 'board.stop_monitoring(); w.freeze()'); page.wait_for_selector('.snb-record'); shot(page, 'dashboard_record'); save(page)
+    out, = lab.saved(page.name)['cells'][1]['outputs']
+    assert set(out['data']) == {'text/html', 'text/plain'} and 'slow' in ''.join(out['data']['text/html'])
+
 EVIL = SLOW + '''
 from stateset_nb.trainers import CreditView
-faces = []
-for p in %r:
+faces, payloads = [], %r
+for p in payloads:
     class Alert: name = message = severity = p
     v = CreditView((p, p), (0, 1), (0., .5))
     other = RunHistory(p); other.on_log(1, {'reward': .5})
     w = TrainingWidget(TrainingRun(), lambda: None, total=9, knobs={'learning_rate': 1.}, label=p, overlay=[other], charts=[CurveChart(p, ('reward',), p), *CHARTS])
     for k in (1, 2, 3): w.history.on_log(k, {'reward': k / 4})
     w.history.on_alert(Alert); w.history.samples.append(PlayedSample(3, p, ((.5, v), (.1, v)))); w.history.fail(RuntimeError(p))
-    faces.append(w)''' % (PAYLOADS,)
+    faces.append(w)
+from stateset_nb.core import Message, ToolCall, TrainingExample
+from stateset_nb.labelling import LabelQueue, fill_queue
+from stateset_nb.monitoring import AdvancedDashboard, AlertManager, AlertRule
+from stateset_nb.store import TrainingStore
+store, board = TrainingStore('sqlite:///evil.db'), AdvancedDashboard('shop')
+store.add_many([TrainingExample(f'x{k}', tuple(Message(r, p, (ToolCall(p, p),) if r == 'assistant' else ()) for p in payloads for r in ('user', 'assistant')), Message('assistant', f'{p}{k}')) for k, p in enumerate(payloads)])
+queue = LabelQueue(store, 'shop', payloads[0]); fill_queue(queue, [*store.examples()], audit=0, twice=0)
+for p in payloads: board.alerts.add_rule(AlertRule(p, p, 0, severity='error', action=p)); board.log_metric(p, 1., episode=1)
+faces += [LabelWidget(queue), DashboardWidget(board, queue, lambda a: 'x0')]''' % (PAYLOADS,)
 
 def test_nothing_said_runs_in_the_browser(book):
     "The table of payloads, through the live widget and through its record."
     page = book(EVIL, 'for f in faces: f.show()')
     n = len(PAYLOADS)
     page.wait_for_function(f"document.querySelectorAll('.snb[data-drawn=\"3\"][data-samples=\"1\"]').length === {n}", timeout=60_000)
-    said = ' '.join(page.locator('.snb').all_text_contents()); assert all(p in said for p in PAYLOADS)
+    page.wait_for_selector('.snb-monitor[data-alerts="%d"]' % n); page.wait_for_selector('.snb-label[data-left="%d"]' % n)
+    page.locator('.snb-alerts li').first.click(); page.wait_for_selector('.snb-monitor[data-open=x0]')
+    styled = "([one, display]) => getComputedStyle(document.querySelector(one)).display === display"   # each kind keeps its own style beside the others
+    assert all(page.evaluate(styled, x) for x in (['.snb-train .snb-below', 'flex'], ['.snb-label .snb-row', 'flex'], ['.snb-monitor .snb-below', 'grid']))
+    for kind in ('train', 'label', 'monitor'):
+        said = ' '.join(page.locator(f'.snb-{kind}').all_text_contents()); assert all(p in said for p in PAYLOADS)
+    page.locator('.snb-label').focus()
+    for k in ('3', 'c', '<', 'i', 'Control+Enter'): page.keyboard.press(k)
+    page.wait_for_selector('.snb-label[data-done="1"]')
     assert page.locator('.snb :is(img, script, iframe, a, details, style)').count() == 0
     ask(page, 'for f in faces: f.freeze()')
-    page.wait_for_function(f"document.querySelectorAll('.snb-record').length === {n}", timeout=30_000)
+    page.wait_for_function(f"document.querySelectorAll('.snb-record').length === {n + 2}", timeout=30_000)
     assert page.locator('.snb-record :is(img, script, iframe, a, details, style)').count() == 0
     page.evaluate('() => new Promise(r => setTimeout(r, 100))')
     assert page.evaluate('window.__pwn') is None

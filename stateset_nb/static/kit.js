@@ -81,7 +81,7 @@ const widget = (name, label, build) => ({ render({ model, el }) {
   const tell = (text, bad = false) => { note.textContent = text; note.hidden = !text; note.classList.toggle("bad", bad); };
   const ask = (kind, more = {}) => new Promise(done => {
     const cid = `${me}-${++n}`;
-    waits.set(cid, { done, kind, began: performance.now() }); root.dataset.waiting = waits.size;
+    waits.set(cid, { done, kind, event: more.event, began: performance.now() }); root.dataset.waiting = waits.size;
     wait ??= setTimeout(() => { late.hidden = false; }, 1500);
     model.send({ ...more, kind, cid });
   });
@@ -89,7 +89,7 @@ const widget = (name, label, build) => ({ render({ model, el }) {
     const w = waits.get(m.cid);
     if (!w) return;                                  // another view of this widget asked
     const greeting = k => k === "hello" || k === "sync";
-    for (const [c, o] of waits) if (c === m.cid || greeting(m.of) && greeting(o.kind)) waits.delete(c);   // one greeting answered is enough: the first may lie behind a busy cell
+    for (const [c, o] of waits) if (c === m.cid || greeting(m.of) && greeting(o.kind) || w.event && o.event === w.event) waits.delete(c);   // one greeting answered is enough: the first may lie behind a busy cell; so is one sending of an act
     Object.assign(root.dataset, { rtt: (performance.now() - w.began).toFixed(1), thread: m.thread ?? "", acks: +root.dataset.acks + 1, waiting: waits.size });
     if (!waits.size) { clearTimeout(wait); wait = null; late.hidden = true; }
     if (m.of === "sync") synced = true;
