@@ -1264,7 +1264,7 @@ class AdvancedDashboard(_Training):
         metrics = {s.key: {'last': s.last} | self.aggregator.stats(s.key).to_dict() for s in list(self._series.values())}
         sinks = {k: {'delivered': c.done, 'waiting': len(c.queue), 'dropped': c.dropped, 'errors': c.errors, 'last_error': c.last_error} for k, c in self._couriers.items()}
         return DashboardSummary(schema=1, name=self.name, seconds=round(time.time() - self.started, 3) if self.started else 0., metrics=metrics, sinks=sinks, refused=self.refused, dropped_series=self.dropped_series,
-                                alerts={'firing': [a.to_dict() for a in self.alerts.firing], 'history': [a.to_dict() for a in self.alerts.history]}, system={'gpu': self.gpu})
+                                alerts={'firing': [a.to_dict() for a in self.alerts.firing], 'history': [a.to_dict() for a in list(self.alerts.history)]}, system={'gpu': self.gpu})
 
     def print_dashboard(self) -> None:
         "Print what there is to see, with colours where there are some."
@@ -1284,7 +1284,7 @@ class AdvancedDashboard(_Training):
         v = self.aggregator.values(metric)
         last = self._told[0] if self._told[0] > 0 else len(v)
         ax.plot(np.arange(last - len(v) + 1, last + 1), v, lw=1)
-        for a in self.alerts.history:
+        for a in list(self.alerts.history):
             if a.step is not None and (a.metric == metric or a.metric.startswith('detector/')): ax.axvline(a.step, color='C3' if a.state == 'firing' else 'C2', ls='--', lw=.8)
         ax.set(xlabel='round', ylabel=metric)
         return ax

@@ -571,6 +571,7 @@ class TrainingStore(Database):
     ) -> list[tuple[str, str]]:  # for each: added, known, duplicate or conflict (its id stands for something else), and the id under which it is found
         "Keep a batch in one transaction."
         rows = [_row(self.ready(e)) for e in examples]
+        if not rows: return []
         with self.begin() as c: return _insert_examples(c, rows)
 
     def add(
