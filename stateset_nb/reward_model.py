@@ -194,7 +194,7 @@ class RewardDataset:
         "Write the labels, one a line."
         def row(e: RewardExample | Preference, note: dict[str, Any]) -> dict[str, Any]:
             d = e.to_dict()
-            return note | {('prompt' if isinstance(e.prompt, str) else 'messages') if k == 'prompt' else k: v for k, v in d.items() if k != 'schema'}
+            return note | {('prompt' if isinstance(e.prompt, str) else 'messages') if k == 'prompt' else k: v for k, v in d.items() if k in _LABEL_KEYS or v and k != 'schema'}
         return write_jsonl(path, [row(e, n) for e, n in zip(self.examples, self.notes)])
 
     def take(

@@ -163,13 +163,14 @@ from stateset_nb.labelling import Label, LabelQueue
 from stateset_nb.store import TrainingStore
 url, who, most = sys.argv[1], sys.argv[2], int(sys.argv[3])
 q = LabelQueue(TrainingStore(url), 'q', who)
+items = q.upcoming(3)       # a page looks ahead
 print('ready', flush=True); sys.stdin.readline()
 for k in range(most):
-    items = q.upcoming(3)   # a page looks ahead
     if not items: break
     print('holds', *[i.id for i in items], flush=True)
     q.label(items[0].id, Label(3), f'{who}-{k}')
     print('done', f'{who}-{k}', items[0].id, flush=True)
+    items = q.upcoming(3)
 '''
 
 def workers(url, names, most=1000):

@@ -110,7 +110,7 @@ def test_plots_are_seen(page, served):
 def test_sidebar_has_the_floors_in_order(page, served):
     page.goto(served)
     floors = [t.strip() for t in page.locator('.md-sidebar--primary .md-nav__item--section > .md-nav__link').all_inner_texts()]
-    assert [f for f in floors if f!='Tutorials']==['Speak', 'Value', 'Learn', 'Judge', 'Run']
+    assert [f for f in floors if f!='Tutorials']==['Speak', 'Remember', 'Value', 'Learn', 'Judge', 'Run']
 
 def test_the_reader_may_turn_the_light_off(page, served):
     page.goto(served)

@@ -489,7 +489,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_so(start, tmp_path, bre
                 with torch.no_grad(): t.policy.model.lm_head.weight[0, 0] = math.nan
             t.policy.updated()
     with pytest.raises(StateSetError, match='not finite|the loss is|gradient is|every one of'): soon(go())
-    assert t.run.state == 'stopped' and events[-1][0] == 'stopped' and events[-1][1]['reason']
+    (_, more), (last, _) = events[-2:]
+    assert t.run.state == events[-2][0] == 'stopped' and more['reason'] and last == 'ended'
 
 def test_every_episode_failing_stops_the_run(start):
     class Fails(Toy):
