@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from sqlalchemy.dialects import postgresql, sqlite
 from .core import ConfigError, Conversation, DataError, Feedback, Message, Preference, Record, TrainingExample, stream, write_jsonl
 from .stats import Interval, alpha_interval, cohen_kappa
-from .store import EXAMPLE, TrainingStore, add_feedback, add_preference, migrate, read_feedback, read_preferences, withdraw_feedback
+from .store import EXAMPLE, TrainingStore, add_feedback, add_preference, migrate, read_feedback, read_preferences, withdraw_feedback, _table
 
 # %% auto #0
 __all__ = ['SCALE', 'ASPECTS', 'PICKS', 'EVENT_KINDS', 'LABEL_STEPS', 'QUEUES', 'ITEMS', 'EVENTS', 'SAID', 'STANDING', 'LEASES',
@@ -224,15 +224,13 @@ LABEL_STEPS: tuple[tuple[str, ...], ...] = ((
     'CREATE INDEX label_lease_of ON label_lease (queue, labeller, place)',
 ),)
 
-def _columns(name: str, columns: str) -> sa.Table: return sa.Table(name, sa.MetaData(), *(sa.Column(c) for c in columns.split()))
-
-QUEUES = _columns('label_queue', 'queue seed size wanted version')
-ITEMS = _columns('label_item', 'queue item_id first second reason p_select rank wanted need')
-EVENTS = _columns('label_event', 'queue labeller n event_id kind item_id at seconds below before undoes')
-SAID = _columns('label_said', 'queue event_id item_id body')
-STANDING = _columns('label_standing', 'queue item_id labeller n kind')
-LEASES = _columns('label_lease', 'queue item_id labeller place until')
-PILES = _columns('label_pile', 'queue labeller acts top done skipped')
+QUEUES = _table('label_queue', 'queue seed size wanted version')
+ITEMS = _table('label_item', 'queue item_id first second reason p_select rank wanted need')
+EVENTS = _table('label_event', 'queue labeller n event_id kind item_id at seconds below before undoes')
+SAID = _table('label_said', 'queue event_id item_id body')
+STANDING = _table('label_standing', 'queue item_id labeller n kind')
+LEASES = _table('label_lease', 'queue item_id labeller place until')
+PILES = _table('label_pile', 'queue labeller acts top done skipped')
 
 # %% ../nbs/11_labelling.ipynb #e8e792d5
 def _of(t: sa.Table, queue: str, **key: Any) -> sa.ColumnElement[bool]:
