@@ -98,12 +98,12 @@ def report(records: list[dict], out: Path) -> None:
 
 def demo(plain: list[dict], bold: list[dict]) -> list[str]:
     "The demo's own practice beside the 70 rounds, seed by seed."
-    if not bold: return []
-    t, rows = bold[0]['settings'], []
+    if not (plain and bold): return []
+    t, n, rows = bold[0]['settings'], plain[0]['settings']['num_episodes'], []
     for a, b in ((a, b) for b in bold for a in plain if a['seed'] == b['seed']):
         rows.append([b['seed'], *(f'{100 * r["held_out"]["value"]:.1f} [{100 * r["held_out"]["low"]:.0f}, {100 * r["held_out"]["high"]:.0f}]' for r in (a, b)), f'{a["cpu_s"]:.0f}', f'{b["cpu_s"]:.0f}'])
     return ['## Fewer and bolder rounds', '', f"The demo's practice: {t['num_episodes']} rounds, {t['num_iterations']} updates on each, learning rate {t['learning_rate']:g}; credit '{t['turn_credit']}'. From the same clones as above.", '',
-            support_desk.table(['seed', 'held out after the 70 rounds above, sampled, %', "after the demo's practice", 'CPU seconds of the 70', "of the demo's"], rows), '']
+            support_desk.table(['seed', f'held out after the {n} rounds above, sampled, %', "after the demo's practice", f'CPU seconds of the {n}', "of the demo's"], rows), '']
 
 def about(records: list[dict]) -> str:
     r = records[0]
